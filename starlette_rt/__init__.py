@@ -1,0 +1,50 @@
+"""Real-time WebSockets for Starlette and FastAPI: auth, limits, presence and broadcast groups on your own routes."""
+
+from __future__ import annotations
+
+from .connection import Connection
+from .endpoints import RealtimeEndpoint
+from .exceptions import (
+    CloseCode,
+    ConfigurationError,
+    EventError,
+    NotRunning,
+    RealtimeError,
+    TokenError,
+    Unavailable,
+)
+from .identity import Identity
+from .limits import ConnectionLimits, RateLimit
+from .metrics import Metrics
+from .middleware import RealtimeMiddleware
+from .outbox import OutboxLimits
+from .presence import Member
+from .backends.base import Published
+from .realtime import Realtime
+from .tokens import JWTVerifier, TokenBackend, TokenSigner
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CloseCode",
+    "ConfigurationError",
+    "Connection",
+    "ConnectionLimits",
+    "EventError",
+    "Identity",
+    "JWTVerifier",
+    "Member",
+    "Metrics",
+    "NotRunning",
+    "OutboxLimits",
+    "Published",
+    "RateLimit",
+    "Realtime",
+    "RealtimeEndpoint",
+    "RealtimeError",
+    "RealtimeMiddleware",
+    "TokenBackend",
+    "TokenError",
+    "TokenSigner",
+    "Unavailable",
+]

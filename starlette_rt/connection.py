@@ -1,0 +1,572 @@
+"""One live socket: what it is told, what it says, how it ends.
+
+The law of this file: everything that leaves goes through the hub's log, the outbox and the seam; everything
+that arrives is read at once and handled in order; and the end comes once, in one place, however it began.
+It knows one peer only: groups of others, the broker and presence are the `Node`'s, whose small interface
+is declared here. An idle connection owns no task but its reader, no timer and no queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import anyio.lowlevel
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.types import Message as AsgiMessage
+from starlette.types import Receive
+from starlette.websockets import WebSocketDisconnect
+
+from .exceptions import CloseCode, EventError
+from .faults import FaultLog
+from .frames import Raw, error_frame
+from .frames import event as event_frame
+from .hub import Batch, Group, Hub, Message, Wire
+from .limits import Buckets, Meter, RateLimit, quote
+from .loop import Handle, Tasks, within
+from .metrics import Metrics
+from .outbox import OVERFLOW, Outbox, OutboxLimits
+from .seams import Seam
+
+if TYPE_CHECKING:
+    from .identity import Identity
+
+CONNECTING, OPEN, CLOSING, CLOSED = range(4)
+
+MAX_INBOX = 256  # messages that wait for their handler
+PATIENCE = 5.0  # seconds: for room in a full inbox, for handlers after the peer has left, for on_disconnect
+GIVE_UP = 1.0  # seconds that an evicted peer has to read the Close frame
+FAULTS = RateLimit("50/10 second")  # refused messages, whatever the reason, before the connection is closed
+MAX_FAILURES = 10  # handlers in a row that raised
+
+Handler = Callable[..., Awaitable[object]]
+
+
+class Node(Protocol):
+    """What a connection asks of its process."""
+
+    hub: Hub
+    tasks: Tasks
+    metrics: Metrics
+    faults: FaultLog
+    buckets: Buckets
+    outbox: OutboxLimits
+    watched: dict[Connection, None]
+
+    def forget(self, connection: Connection, /) -> None: ...
+    async def join(self, connection: Connection, group: str, presence: str | None, /) -> None: ...
+    async def leave(self, connection: Connection, group: str, /) -> None: ...
+    async def track(self, connection: Connection, group: str, meta: Any, /) -> None: ...
+    async def update(self, connection: Connection, group: str, meta: Any, /) -> None: ...
+    async def untrack(self, connection: Connection, group: str, /) -> None: ...
+    async def broadcast(
+        self, group: str, data: Any, event: str = ..., *, exclude: Any = ..., ephemeral: bool = ..., key: str | None = ...
+    ) -> Any: ...
+
+
+class Script(Protocol):
+    """What the host has to say about a connection; the three hooks of an endpoint."""
+
+    async def connect(self) -> None: ...
+    async def receive(self, raw: str | bytes, /) -> None: ...
+    async def disconnect(self, code: int, /) -> None: ...
+
+
+class Connection:
+    """A client of this process, from before its accept to after its end.
+
+    Handlers get it as ``self.connection``, `Realtime.accept` yields it. ``id`` is random and unique,
+    ``user`` the identity, ``groups`` the groups it is in, ``close_code`` the code it ended with.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closing",
+        "_context",
+        "_deadline",
+        "_ended",
+        "_failures",
+        "_faults",
+        "_inbox",
+        "_meter",
+        "_node",
+        "_outbox",
+        "_own",
+        "_reader",
+        "_room",
+        "_script",
+        "_seam",
+        "_state",
+        "_tasks",
+        "_worker",
+        "_working",
+        "accepted",
+        "close_code",
+        "denied",
+        "id",
+        "ip",
+        "max_message_size",
+        "memberships",
+        "paused_at",
+        "session",
+        "tracked",
+        "user",
+        "wire",
+    )
+
+    def __init__(
+        self,
+        node: Node,
+        seam: Seam,
+        wire: Wire,
+        user: Identity,
+        *,
+        id: str,
+        session: str,
+        ip: str | None,
+        meter: Meter | None,
+        max_message_size: int,
+    ) -> None:
+        self._node, self._seam, self.wire, self.user = node, seam, wire, user
+        self.id, self.session, self.ip = id, session, ip
+        self.max_message_size = max_message_size
+        self._meter = meter
+        self.memberships: set[Group] = set()
+        self.tracked: set[str] | tuple[()] = ()
+        self.close_code: int | None = None
+        self.accepted = False
+        self.denied = False  # the host has answered the handshake with a response of its own
+        self.paused_at: float | None = None
+        self._state = CONNECTING
+        self._failures = 0
+        self._script: Script | None = None
+        self._context: Context | None = None
+        self._outbox: Outbox | None = None
+        self._inbox: deque[str | bytes] | None = None
+        self._own: dict[str, tuple[float, ...]] | None = None
+        self._faults: tuple[float, ...] | None = None
+        self._closing: tuple[int, str] | None = None
+        self._deadline: float | None = None
+        self._reader: Handle | None = None
+        self._worker: Handle | None = None
+        self._working = False
+        self._room: anyio.Event | None = None
+        self._tasks: set[Handle] | None = None
+        self._ended: anyio.Event | None = None
+        seam.attach(self)
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.id} of {self.user.identity}>"
+
+    # What the host's code calls.
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups this connection is in; that of its identity is not among them."""
+        return frozenset(group.name for group in self.memberships if group.name[0] not in "~\0")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what is said to it may still arrive."""
+        return self._state == OPEN
+
+    async def join(self, group: str, *, presence: str | None = None) -> None:
+        """Join ``group``; from now on its broadcasts arrive. Joining twice is joining once.
+
+        ``presence="members"`` also sends who is present and every change, ``"count"`` their number.
+        Raises `EventError` ``bad_name``.
+        """
+        await self._node.join(self, group, presence)
+
+    async def leave(self, group: str) -> None:
+        """Leave ``group`` and its presence; leaving what one is not in is nothing."""
+        await self._node.leave(self, group)
+
+    async def broadcast(
+        self,
+        group: str,
+        data: Any,
+        event: str = "message",
+        *,
+        exclude: Any = None,
+        ephemeral: bool = False,
+        key: str | None = None,
+    ) -> Any:
+        """Broadcast to ``group``, as `Realtime.broadcast` does; one need not be in it."""
+        return await self._node.broadcast(group, data, event, exclude=exclude, ephemeral=ephemeral, key=key)
+
+    async def push(self, data: Any, event: str = "message") -> None:
+        """Send ``data`` to this client only. Raises `TypeError` or `ValueError` for what is no data."""
+        frame = event_frame(event, data)
+        self.say(frame, len(frame.json))
+
+    async def track(self, group: str, meta: Any = None) -> None:
+        """Be present in ``group`` with ``meta``, a JSON object of at most 4 kB; joining it is not needed.
+
+        A member appears once per user with one meta per connection. Raises `EventError`, `TypeError` or
+        `ValueError` for a bad group or meta.
+        """
+        await self._node.track(self, group, meta)
+
+    async def update(self, group: str, meta: Any = None) -> None:
+        """Replace the meta of this connection in ``group``; the same as `track` if it has none."""
+        await self._node.update(self, group, meta)
+
+    async def untrack(self, group: str) -> None:
+        """Be no longer present in ``group``, at once and without grace."""
+        await self._node.untrack(self, group)
+
+    async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
+        """Close: what was said before is sent first, then the Close frame, then nothing.
+
+        Returns when the close has begun. A peer that does not take its backlog within the outbox's
+        ``close`` seconds is dropped. Before accept it refuses the handshake (403).
+        """
+        self.begin_close(code, reason)
+
+    async def wait_closed(self) -> None:
+        """Return when the peer has left or the close is done."""
+        if self._state == CLOSED:
+            return
+        if self._ended is None:
+            self._ended = anyio.Event()
+        await self._ended.wait()
+
+    def start_soon(self, function: Handler, *args: Any) -> None:
+        """Run ``function(*args)`` beside the handlers; it is cancelled when the connection ends."""
+        if self._state == CLOSED:
+            return
+        if self._tasks is None:
+            self._tasks = set()
+        tasks = self._tasks
+
+        async def run() -> None:
+            try:
+                await self._guard(function, *args)
+            finally:
+                tasks.discard(handle)
+
+        handle: Handle = self._node.tasks.spawn(_after_start(run), context=copy_context())
+        tasks.add(handle)
+
+    # What leaves.
+
+    def say(self, frame: Any, size: int = 0) -> None:
+        """Say one frame to this client, in order with everything else."""
+        if self._state < CLOSING:
+            self._node.hub.say(self, Message(frame, size))
+
+    def offer(self, batch: Batch, /) -> None:
+        """Take what the hub has for this client: to the seam, or to the outbox while it is paused."""
+        if self._state == OPEN and self._outbox is None and self._seam.write(batch.payload):
+            return
+        if self._state <= CLOSING and self._closing is None:
+            self._queue(batch)
+
+    def _queue(self, batch: Batch) -> None:
+        if self._outbox is None:
+            self._outbox = Outbox(self._node.outbox)
+        lost = 0
+        for entry in batch.entries:
+            fact = self._outbox.push(entry)
+            if fact == OVERFLOW:
+                return self.evict(CloseCode.SLOW_CONSUMER)
+            lost += fact
+        if lost:
+            self._node.metrics.dropped(lost)
+
+    def _pump(self) -> None:
+        """Hand over the backlog until the seam pauses or nothing is left; then close if that was asked."""
+        while self._outbox is not None and self.paused_at is None:
+            entries = self._outbox.take()
+            if not self._outbox:
+                self._outbox = None
+            if not self._seam.write(self._seam.carrier.join([entry.payload for entry in entries])):
+                self._outbox = None  # the transport is closing: nothing can arrive any more
+        if self._outbox is None and self._closing is not None and self.paused_at is None:
+            self._seam.close(*self._closing)
+
+    def on_pause(self) -> None:
+        """The seam takes no more; from now on its time runs."""
+        self.paused_at = self._node.tasks.time()
+        self._node.watched[self] = None
+
+    def on_resume(self) -> None:
+        """The seam takes more."""
+        self.paused_at = None
+        if self._deadline is None or self._state == CLOSED:
+            self._node.watched.pop(self, None)
+        self._pump()
+
+    def on_closing(self, code: int) -> None:
+        """The server shuts down: finish, then close."""
+        self.begin_close(code, CloseCode(code).reason)
+
+    # How it ends.
+
+    def begin_close(self, code: int, reason: str = "") -> None:
+        """Flush what was said, then close with ``code``; once."""
+        if self._state >= CLOSING:
+            return
+        if self._state == CONNECTING:
+            return self._break(code)
+        self._node.hub.settle_peer(self)
+        if self._state != OPEN:  # the flush itself has evicted it
+            return
+        self._state = CLOSING
+        self._end_with(code, reason, self._node.outbox.close)
+        self._pump()
+
+    def evict(self, code: CloseCode) -> None:
+        """Give up a peer that cannot keep up: drop its backlog, try the Close frame for a second, then abort."""
+        self._node.metrics.evicted(code)
+        if self._state == CONNECTING:
+            return self._break(code)
+        self._state = CLOSING
+        self._outbox = None
+        self._end_with(code, code.reason, GIVE_UP)
+        self._seam.close(code, code.reason)
+
+    def _end_with(self, code: int, reason: str, seconds: float) -> None:
+        self._closing = (code, reason)
+        self.close_code = code
+        self._deadline = self._node.tasks.time() + seconds
+        self._node.watched[self] = None
+
+    def look(self, now: float) -> None:
+        """Called by the sweeper for a watched connection: has it stalled, is its close overdue?"""
+        if self._deadline is not None and now >= self._deadline:
+            if self._outbox is not None or self.paused_at is not None:
+                self._node.metrics.aborted()
+            self._break(None)
+        elif self._deadline is None and self.paused_at is not None and now - self.paused_at > self._node.outbox.stall:
+            self.evict(CloseCode.SLOW_CONSUMER)
+
+    def _break(self, code: int | None) -> None:
+        """End the reader now; where nothing more is to be sent the transport goes with it."""
+        if code is None:
+            self._seam.abort()
+        else:
+            self._state, self.close_code = CLOSING, code
+        self._node.watched.pop(self, None)
+        if self._reader is not None:
+            self._reader.cancel()
+
+    # What arrives.
+
+    async def serve(self, receive: Receive, script: Script, left: Callable[[], None] | None = None) -> None:
+        """Live: run the script's ``connect``, read until the end, call ``left``, and leave nothing behind.
+
+        Returns when the end is complete, `PATIENCE` at most after the peer has left and again for
+        ``disconnect``. Cancelling the caller ends the connection; the ending itself is not cancelled.
+        """
+        self._script = script
+        self._context = copy_context()
+        finished = anyio.Event()
+        self._start_work()
+        try:
+            await self._node.tasks.breakable(self._hold, partial(self._read, receive))
+        finally:
+            if left is not None:
+                left()
+            self._node.tasks.spawn(self._finish, finished, context=self._context)
+        await finished.wait()
+
+    def _hold(self, handle: Handle) -> None:
+        self._reader = handle
+        if self._state == CLOSING and not self.accepted:
+            handle.cancel()  # refused before the reader began
+
+    async def _read(self, receive: Receive) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "websocket.receive":
+                text = message.get("text")
+                self._arrived(message.get("bytes", b"") if text is None else text)
+                if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
+                    await self._wait_for_room()
+            elif message["type"] == "websocket.disconnect":
+                self._left(message)
+                return
+
+    def _left(self, message: AsgiMessage) -> None:
+        if self.close_code is None:
+            self.close_code = message.get("code") or CloseCode.NORMAL
+
+    def _arrived(self, raw: str | bytes) -> None:
+        """Check one message against the sizes and limits, before it is decoded, and queue it for its handler."""
+        if self._state >= CLOSING:
+            return
+        size = len(raw)
+        self._node.metrics.received(size)
+        if size > self.max_message_size:
+            return self.refuse(EventError("too_large", f"a message has at most {self.max_message_size} bytes"))
+        if self._meter is not None and (wait := self._check(self._meter, size)):
+            return self.refuse(EventError("rate_limited", "too many messages", retry_after=wait))
+        if self._inbox is None:
+            self._inbox = deque()
+        self._inbox.append(raw)
+        if not self._working:
+            self._start_work()
+
+    def _check(self, meter: Meter, size: int) -> float:
+        if self._own is None:
+            self._own = {}
+        user = self.user.identity if self.user.is_authenticated else None
+        return meter.check(self._own, self._node.buckets, user, self.ip, size, self._node.tasks.time())
+
+    async def _wait_for_room(self) -> None:
+        """Let the peer wait, as TCP can, but not so long that its pongs go unread; then it is too much for us."""
+        self._room = anyio.Event()
+        with anyio.move_on_after(PATIENCE):
+            await self._room.wait()
+        if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
+            self.begin_close(CloseCode.OVERLOADED, CloseCode.OVERLOADED.reason)
+
+    def refuse(self, error: EventError) -> None:
+        """Answer bad input to its sender, and close the connection of one who keeps on."""
+        self._node.metrics.rejected(error.code)
+        wait, faults = quote(self._faults, FAULTS, self._node.tasks.time())
+        if wait:
+            code = CloseCode.RATE_LIMITED if error.temporary else CloseCode.PROTOCOL_ERROR
+            return self.begin_close(code, code.reason)
+        self._faults = faults
+        if error.code == "unsupported":
+            return self.begin_close(CloseCode.UNSUPPORTED_DATA, error.message)
+        self.say(error_frame(error))
+
+    # The handlers.
+
+    def _start_work(self) -> None:
+        self._working = True
+        worker = self._node.tasks.spawn(self._work, context=self._context)
+        self._worker = worker if self._working else None  # an eager task may be done already
+
+    async def _work(self) -> None:
+        """Run ``connect`` first, then what is in the inbox, in order, and end when there is nothing more."""
+        assert self._script is not None
+        try:
+            if self._state == CONNECTING:
+                await self._script.connect()
+            while self._inbox and self._closing is None:
+                raw = self._inbox.popleft()
+                if self._room is not None and len(self._inbox) <= MAX_INBOX // 2:
+                    self._room.set()
+                await self._guard(self._script.receive, raw)
+        finally:
+            self._inbox = self._worker = None
+            self._working = False
+            if self._room is not None:
+                self._room.set()
+
+    async def _guard(self, function: Handler, *args: Any) -> None:
+        """Run host code: a refusal is answered, a close closes, a bug is logged and answered ``internal``."""
+        try:
+            await function(*args)
+        except EventError as error:
+            self.refuse(error)
+        except WebSocketException as error:
+            self.begin_close(error.code, error.reason)
+        except HTTPException as error:
+            self.refuse(EventError(f"http_{error.status_code}", str(error.detail)))
+        except WebSocketDisconnect:
+            pass  # the host wrote to a peer that has left
+        except Exception as error:
+            self._failed(error, function)
+        else:
+            self._failures = 0
+
+    def fail(self, error: Exception, function: Handler) -> None:
+        """Count and log a bug of the host's."""
+        self._node.metrics.failed()
+        self._node.faults.report(error, name_of(function), self._node.tasks.time())
+
+    def _failed(self, error: Exception, function: Handler) -> None:
+        self.fail(error, function)
+        self._failures += 1
+        self.say(error_frame(EventError("internal", "the server failed to handle this message")))
+        if self._failures >= MAX_FAILURES:
+            self.begin_close(CloseCode.INTERNAL_ERROR, CloseCode.INTERNAL_ERROR.reason)
+
+    # The end.
+
+    async def _finish(self, finished: anyio.Event) -> None:
+        """Handle what was received, forget the connection, run ``disconnect``; nothing of it stays."""
+        assert self._script is not None
+        try:
+            self._state = CLOSED
+            self._outbox = None
+            if self.paused_at is None:  # otherwise its deadline stands: a Close frame waits for a peer that does not read
+                self._node.watched.pop(self, None)
+            if self._ended is not None:
+                self._ended.set()
+            await self._let_finish()
+            self._node.forget(self)
+            if self.accepted:
+                code = self.close_code if self.close_code is not None else CloseCode.GOING_AWAY
+                await within(PATIENCE, self._guard, self._script.disconnect, code)
+                self._node.metrics.disconnected(code)
+            self.memberships = set()
+        finally:
+            finished.set()
+
+    async def _let_finish(self) -> None:
+        """Give the handlers their time, then cancel them and what was started beside them."""
+        for handle in tuple(self._tasks or ()):
+            handle.cancel()
+        if self._working and not await within(PATIENCE, self._idle) and self._worker is not None:
+            self._inbox = None
+            self._worker.cancel()
+            await within(GIVE_UP, self._idle)
+
+    async def _idle(self) -> None:
+        while self._working:
+            self._room = anyio.Event()
+            await self._room.wait()
+
+    # The way in.
+
+    def opened(self) -> None:
+        """The handshake is accepted: what waited may go."""
+        self._state = OPEN
+        self.accepted = True
+        self._node.metrics.connected()
+        self._pump()
+
+    def send_raw(self, message: AsgiMessage) -> None:
+        """Send what the host spelled itself, in order. Raises `OSError` when the peer has left."""
+        if self._state >= CLOSING:
+            raise OSError("the peer has left")
+        text = message.get("text")
+        data = message.get("bytes", b"") if text is None else text
+        self.say(Raw(data), len(data))
+
+    def abandon(self) -> None:
+        """End before accept: the reader stops, so that the handshake can be refused."""
+        self._break(CloseCode.FORBIDDEN)
+
+    # Reading as an iterator, for `Realtime.accept`.
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        script = self._script
+        if not hasattr(script, "messages"):
+            raise RuntimeError("this endpoint reads for you; use on_receive")
+        return script.messages()  # type: ignore[union-attr, no-any-return]
+
+
+def name_of(function: Handler) -> str:
+    """Return how the log names a handler."""
+    function = getattr(function, "func", function)
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _after_start(run: Callable[[], Awaitable[None]]) -> Any:
+    async def later() -> None:
+        await anyio.lowlevel.checkpoint()
+        await run()
+
+    return later

@@ -1,0 +1,132 @@
+"""Presence as it is told to those who asked for it.
+
+The law of this file: changes become frames here, net and not too often. Whoever joined with
+``presence="members"`` has a state and then diffs, at most five a second; a group of more than 200 members is
+told as a count, at most one a second, and told whole again when it has shrunk. Watchers are members of a
+hidden group of the hub, so that presence is spelled once and takes its place in the order of everything.
+One task runs while something has changed lately, none otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import anyio
+import anyio.lowlevel
+
+from .backends.base import PresenceStore
+from .frames import PresenceCount, PresenceDiff, PresenceState
+from .hub import Hub, Message, Peer
+from .loop import Tasks
+
+Watch = Literal["members", "count"]
+
+PAGE = 200  # members in one state, and the most that are told one by one
+DIFF_PERIOD = 0.2  # seconds between two diffs of one group
+COUNT_PERIOD = 1.0  # seconds between two counts of one group
+TICK = 0.05  # seconds between two looks while something is due
+
+MEMBERS, COUNT = "\0members:", "\0count:"  # no group of a host can begin with a control character
+
+
+class Feed:
+    """Tells the watchers of this node."""
+
+    def __init__(self, hub: Hub, store: PresenceStore, tasks: Tasks) -> None:
+        self._hub, self._store, self._tasks = hub, store, tasks
+        self._dirty: dict[str, None] = {}
+        self._counting: dict[str, None] = {}
+        self._rested: dict[str, float] = {}  # hidden group -> when it may be told again
+        self._large: set[str] = set()
+        self._states: dict[str, tuple[int, Message]] = {}
+        self._running = False
+
+    async def watch(self, peer: Peer, group: str, how: Watch) -> None:
+        """Tell ``peer`` the present state of ``group``, and from now on what changes."""
+        if how == "members":
+            self.unwatch(peer, group)
+            self._hub.say(peer, self._state(group))
+            self._hub.join(peer, MEMBERS + group)
+        else:
+            count = await self._store.count(group)
+            self.unwatch(peer, group)
+            self._hub.say(peer, Message(PresenceCount(group, count)))
+            self._hub.join(peer, COUNT + group)
+
+    def unwatch(self, peer: Peer, group: str) -> None:
+        """Tell ``peer`` nothing more of ``group``'s presence."""
+        self._hub.leave(peer, MEMBERS + group)
+        self._hub.leave(peer, COUNT + group)
+
+    def changed(self, group: str) -> None:
+        """Something has changed in ``group``; it is told at the end of the turn, or when its period has passed."""
+        self._dirty[group] = None
+        if not self._running:
+            self._running = True
+            self._tasks.spawn(self._run)
+
+    def crowd(self, name: str, occupied: bool) -> None:
+        """A group of the hub has got its first member or lost its last; an unwatched roster may be forgotten."""
+        if not occupied and name.startswith(MEMBERS):
+            self.changed(name.removeprefix(MEMBERS))
+
+    async def _run(self) -> None:
+        """Tell what is due until nothing is due and every period has passed."""
+        try:
+            await anyio.lowlevel.checkpoint()  # what changes in one turn is told together
+            while self._dirty or self._counting or self._rested:
+                await self._tell(self._tasks.time())
+                await anyio.sleep(TICK)
+        finally:
+            self._running = False
+
+    async def _tell(self, now: float) -> None:
+        for hidden in [hidden for hidden, due in self._rested.items() if due <= now]:
+            del self._rested[hidden]
+        for group in [group for group in self._dirty if MEMBERS + group not in self._rested]:
+            del self._dirty[group]
+            await self._tell_members(group, now)
+        for group in [group for group in self._counting if COUNT + group not in self._rested]:
+            del self._counting[group]
+            await self._tell_count(group, now)
+
+    async def _tell_members(self, group: str, now: float) -> None:
+        """Take the diff of ``group``, always, and deliver it if somebody watches."""
+        diff = self._store.take(group, watched=MEMBERS + group in self._hub.groups)
+        self._states.pop(group, None)
+        if diff is None:
+            return
+        if COUNT + group in self._hub.groups:
+            self._counting[group] = None
+        if MEMBERS + group not in self._hub.groups:
+            self._large.discard(group)
+        elif await self._store.count(group) > PAGE:
+            self._large.add(group)
+            self._counting[group] = None
+        elif group in self._large:
+            self._large.discard(group)
+            self._hub.deliver(MEMBERS + group, self._state(group))
+        else:
+            self._rested[MEMBERS + group] = now + DIFF_PERIOD
+            frame = PresenceDiff(group, diff.version, diff.joins, diff.leaves, diff.reasons)
+            self._hub.deliver(MEMBERS + group, Message(frame))
+
+    async def _tell_count(self, group: str, now: float) -> None:
+        self._rested[COUNT + group] = now + COUNT_PERIOD
+        message = Message(PresenceCount(group, await self._store.count(group)))
+        self._hub.deliver(COUNT + group, message)
+        if group in self._large:
+            self._hub.deliver(MEMBERS + group, message)
+
+    def _state(self, group: str) -> Message:
+        """Return the first page of the state that every watcher has by now, spelled once for each version."""
+        state = self._store.known(group)
+        cached = self._states.get(group)
+        if cached is None or cached[0] != state.version:
+            page, after = state.page(limit=PAGE)
+            members = {member.key: member.metas for member in page}
+            cached = state.version, Message(PresenceState(group, state.version, members, after))
+            if MEMBERS + group in self._hub.groups:
+                self._states[group] = cached
+        return cached[1]
+

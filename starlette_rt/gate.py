@@ -1,0 +1,383 @@
+"""The way in: from a handshake to a connection, or to a refusal that its sender understands.
+
+The law of this file: the middleware knows, the endpoint decides, and this is where it decides. A handshake
+ends here in exactly one of two ways, a `Connection` or a `Refusal`, and a refusal leaves no trace above INFO
+on any server. After the accept nothing here is used again, except by `Realtime.accept`, whose body lives
+between `Acceptance.__aenter__` and `__aexit__`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import anyio
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+from .admission import Admission, Refusal, check_origin, choose_protocol, read
+from .connection import CONNECTING, Connection
+from .exceptions import CloseCode, EventError, RealtimeError
+from .frames import MAX_MESSAGE
+from .hub import Wire
+from .identity import Identity, guest, wrap
+from .limits import ConnectionCounter, Meter, RateLimit, Refused
+from .protocols.plain import Encoding
+from .seams import Carrier, seam_for
+
+if TYPE_CHECKING:
+    from starlette.websockets import WebSocket
+
+logger = logging.getLogger("starlette_rt")
+
+Reject = Literal["auto", "http", "close"]
+
+NOT_RUNNING = Refusal(503, "unavailable", "the realtime service is not running", retry_after=5.0)
+DRAINING = Refusal(503, "unavailable", "the server is restarting", retry_after=2.0)
+NO_IDENTITY = Refusal(401, "unauthorized", "a token is required")
+NOT_ACCEPTED = Refusal(403, "forbidden", "the endpoint did not accept the connection")
+FAILED = Refusal(500, "internal", "the server failed to open the connection")
+
+
+class Denied(RealtimeError):
+    """The handshake has been refused and answered; the middleware ends the request quietly with it."""
+
+
+class Host(Protocol):
+    """What the gate asks of a `Realtime`."""
+
+    draining: bool
+    tasks: Any
+
+    @property
+    def running(self) -> bool: ...
+    def wire(self, encoding: Encoding, carrier: Carrier) -> Wire: ...
+    def register(self, connection: Connection) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an endpoint asks of those who come in, made once for each class."""
+
+    anonymous: bool | None = None
+    origins: frozenset[str] = frozenset()
+    encoding: Encoding = "json"
+    meter: Meter | None = None
+    max_message_size: int = MAX_MESSAGE
+
+
+def meter_of(name: str, limits: Iterable[RateLimit]) -> Meter | None:
+    """Return the meter of a place with these limits, ``None`` if it has none."""
+    limits = tuple(limits)
+    return Meter(name, limits) if limits else None
+
+
+def admission_of(scope: Scope, host: Any) -> Admission:
+    """Return what the middleware found out, or the handshake alone where no middleware has looked."""
+    admission = scope.get("starlette_rt")
+    return admission if isinstance(admission, Admission) else Admission(host, read(scope))
+
+
+def admit(host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity | None = None) -> Connection | Refusal:
+    """Decide about a handshake; a connection that comes back is registered and holds its slot in the caps."""
+    admission = admission_of(scope, host)
+    if host is None or not host.running:
+        logger.error("%s is not running; write Middleware(RealtimeMiddleware, realtime=rt) into the app", host)
+        return NOT_RUNNING
+    if host.draining:
+        return DRAINING
+    user = identify(scope, admission, terms, identity)
+    if isinstance(user, Refusal):
+        return user
+    ip = admission.handshake.ip
+    if isinstance(admission.counter, ConnectionCounter):
+        name = user.identity if user.is_authenticated else None
+        if refused := admission.counter.take(ip, name, host.tasks.time()):
+            return too_many(refused)
+    seam = seam_for(scope, send, host.tasks)
+    connection = Connection(
+        host,
+        seam,
+        host.wire(terms.encoding, seam.carrier),
+        user,
+        id=(id := secrets.token_urlsafe(12)),
+        session=admission.handshake.session or id,
+        ip=ip,
+        meter=terms.meter,
+        max_message_size=terms.max_message_size,
+    )
+    host.register(connection)
+    return connection
+
+
+def identify(scope: Scope, admission: Admission, terms: Terms, identity: Identity | None) -> Identity | Refusal:
+    """Return who it is: the host's own word, a valid token, the host's user, or a guest where guests may come."""
+    if refusal := check_origin(admission.handshake, admission.origins | terms.origins):
+        return Refusal(403, "origin", refusal)
+    if identity is not None:
+        return identity
+    if admission.refusal is not None:
+        return admission.refusal
+    user = scope.get("user")
+    if admission.identity is not None:
+        if user is not admission.identity:
+            warn_overwritten()
+        return admission.identity
+    known = wrap(user) if user is not None else None
+    if known is not None:
+        return known
+    anonymous = terms.anonymous if terms.anonymous is not None else not admission.guarded
+    if not anonymous:
+        return NO_IDENTITY
+    return guest(admission.handshake.session or secrets.token_urlsafe(12))
+
+
+def too_many(refused: Refused) -> Refusal:
+    """Return the refusal of a connection that is one too many."""
+    if refused.bound == "total":
+        return Refusal(503, "too_many_connections", "the server is full", retry_after=refused.retry_after)
+    words = {"per_ip": "too many connections from this address", "per_user": "too many connections of this user"}
+    message = words.get(refused.bound, "connections from this address come too fast")
+    return Refusal(429, "too_many_connections", message, retry_after=refused.retry_after)
+
+
+_warned = False
+
+
+def warn_overwritten() -> None:
+    """Say once that something between the middleware and the endpoint replaced the token's user."""
+    global _warned
+    if not _warned:
+        _warned = True
+        logger.warning(
+            "a valid token was read, but something inside replaced scope['user']; the token's identity is used. "
+            "Put RealtimeMiddleware after (inside) AuthenticationMiddleware"
+        )
+
+
+# Refusing.
+
+
+async def deny(scope: Scope, receive: Receive, send: Send, refusal: Refusal, host: Any, code: int | None = None) -> None:
+    """Answer a handshake with ``refusal``: over HTTP, or to a browser of ours with a close code it can read."""
+    admission = admission_of(scope, host)
+    if host is not None:
+        host.metrics.refused(refusal.status, refusal.code)
+    close = code if code is not None else int(refusal.close_code)
+    reason = refusal.message.encode()[:120].decode("utf-8", "ignore")
+    try:
+        if closes_instead(admission, refusal):
+            protocol = choose_protocol(admission.handshake.protocols)
+            await send({"type": "websocket.accept", "subprotocol": protocol, "headers": []})
+            await send({"type": "websocket.close", "code": close, "reason": reason})
+        elif "websocket.http.response" in (scope.get("extensions") or {}):
+            await respond(send, refusal)
+            await linger(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": close, "reason": reason})
+    except OSError:
+        pass  # the peer did not wait for the answer
+
+
+def closes_instead(admission: Admission, refusal: Refusal) -> bool:
+    """Whether the refusal is said by a close code: browsers hide an HTTP status. A wrong origin never gets in."""
+    if refusal.code == "origin" or admission.reject == "http":
+        return False
+    return admission.reject == "close" or admission.handshake.is_browser
+
+
+async def respond(send: Send, refusal: Refusal) -> None:
+    """Send the refusal as an HTTP response."""
+    headers = refusal.headers()
+    await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": refusal.body(), "more_body": False})
+
+
+async def linger(receive: Receive, send: Send) -> None:
+    """Stay until the server has let go of a denied handshake.
+
+    uvicorn logs an ERROR if the application returns between the last body and the end of the connection.
+    It is over when an empty body is refused; a server that minds sooner has no such line.
+    """
+    with anyio.move_on_after(1.0):
+        await receive()
+        try:
+            while True:
+                await send({"type": "websocket.http.response.body", "body": b"", "more_body": True})
+                await anyio.sleep(0.001)
+        except Exception:
+            return  # ClientDisconnected on uvicorn, other words elsewhere: what was waited for
+
+
+# Between Starlette's WebSocket and the connection.
+
+
+def take_over(websocket: WebSocket, connection: Connection, send: Send, protocol: str | None) -> None:
+    """Lead everything the host sends through ``connection``, and keep its hands off ``receive``."""
+    websocket._send = diverted(connection, send, protocol)
+    websocket._receive = forbidden
+
+
+def diverted(connection: Connection, send: Send, protocol: str | None) -> Send:
+    """Return the ``send`` that the host's WebSocket uses."""
+
+    async def divert(message: Message) -> None:
+        kind = message["type"]
+        if kind == "websocket.send":
+            connection.send_raw(message)
+        elif kind == "websocket.close":
+            connection.begin_close(message.get("code", 1000), message.get("reason") or "")
+        elif kind == "websocket.accept":
+            if message.get("subprotocol") is None:
+                message["subprotocol"] = protocol
+            await opening(connection, send, message)
+        else:
+            await send(message)
+            if kind == "websocket.http.response.body" and not message.get("more_body", False):
+                connection.denied = True
+                connection.abandon()
+
+    return divert
+
+
+async def opening(connection: Connection, send: Send, message: Message) -> None:
+    """Accept, and let go what waited. Raises `WebSocketDisconnect` if the peer has left meanwhile."""
+    try:
+        await send(message)
+    except OSError:
+        raise WebSocketDisconnect(1006) from None
+    connection.opened()
+
+
+async def forbidden() -> Message:
+    """What the host's ``receive*`` meet."""
+    raise RuntimeError("this endpoint reads for you; use on_receive")
+
+
+# Function style.
+
+
+class Pull:
+    """The script of `Realtime.accept`: each message waits for the body to ask for it."""
+
+    def __init__(self, connection: Connection, scope: anyio.CancelScope) -> None:
+        self._connection, self._scope = connection, scope
+        self._offer, self._taken = anyio.create_memory_object_stream[Any](0)
+
+    async def connect(self) -> None:
+        """Nothing: the body is running already."""
+
+    async def receive(self, raw: str | bytes) -> None:
+        """Hand one message to the body; the next is decoded when this one has been taken."""
+        data = self._connection.wire.protocol.decode(raw)
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            await self._offer.send(data)
+
+    def left(self) -> None:
+        """The peer has left, or the close is done: the body ends at its next await."""
+        self._offer.close()
+        self._taken.close()
+        self._scope.cancel()
+
+    async def disconnect(self, code: int) -> None:
+        """Nothing: the body has ended."""
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield what the client says until it leaves."""
+        with suppress(anyio.ClosedResourceError):
+            async for data in self._taken:
+                yield data
+
+
+class Acceptance:
+    """What `Realtime.accept` returns: an async context manager that yields a `Connection`."""
+
+    def __init__(
+        self,
+        host: Any,
+        websocket: WebSocket,
+        identity: Identity | None,
+        anonymous: bool | None,
+        encoding: Encoding,
+        limits: tuple[RateLimit, ...],
+    ) -> None:
+        self._host, self._websocket, self._identity = host, websocket, identity
+        path = getattr(websocket.scope.get("route"), "path", websocket.scope.get("path", ""))
+        self._terms = Terms(anonymous, encoding=encoding, meter=meter_of(f"accept:{path}", limits))
+
+    async def __aenter__(self) -> Connection:
+        websocket, scope = self._websocket, self._websocket.scope
+        if websocket.client_state.value == CONNECTING:
+            await websocket.receive()
+        outcome = admit(self._host, scope, websocket._send, self._terms, self._identity)
+        if isinstance(outcome, Refusal):
+            await deny(scope, websocket._receive, websocket._send, outcome, self._host)
+            raise Denied(outcome.message)
+        self._connection, self._finished = outcome, anyio.Event()
+        receive, send = websocket._receive, websocket._send
+        take_over(websocket, outcome, send, choose_protocol(admission_of(scope, self._host).handshake.protocols))
+        self._scope = anyio.CancelScope()
+        if websocket.application_state.value == CONNECTING:
+            await self._accept()
+        else:
+            outcome.opened()
+        self._host.tasks.spawn(self._serve, receive)
+        self._scope.__enter__()
+        return outcome
+
+    async def _accept(self) -> None:
+        try:
+            await self._websocket.accept()
+        except WebSocketDisconnect:
+            self._host.forget(self._connection)
+            release(self._websocket.scope, self._connection)
+            raise Denied("the peer left before it was accepted") from None
+
+    async def _serve(self, receive: Receive) -> None:
+        try:
+            script = Pull(self._connection, self._scope)
+            await self._connection.serve(receive, script, script.left)
+        finally:
+            release(self._websocket.scope, self._connection)
+            self._finished.set()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        quiet = bool(self._scope.__exit__(kind, error, trace))
+        code, reason = self._ending(None if quiet else error)
+        self._connection.begin_close(code, reason)
+        with anyio.CancelScope(shield=True):
+            await self._finished.wait()
+        return quiet or isinstance(error, WebSocketException | WebSocketDisconnect)
+
+    def _ending(self, error: BaseException | None) -> tuple[int, str]:
+        if error is None or isinstance(error, WebSocketDisconnect):
+            return CloseCode.NORMAL, ""
+        if isinstance(error, WebSocketException):
+            return error.code, error.reason
+        return CloseCode.INTERNAL_ERROR, CloseCode.INTERNAL_ERROR.reason
+
+
+def release(scope: Scope, connection: Connection) -> None:
+    """Give the connection's slot in the caps back."""
+    admission = scope.get("starlette_rt")
+    if isinstance(admission, Admission) and isinstance(admission.counter, ConnectionCounter):
+        user = connection.user
+        admission.counter.release(connection.ip, user.identity if user.is_authenticated else None)
+
+
+def refusal_for(error: Exception) -> Refusal | None:
+    """Return the refusal that an exception of ``on_connect`` means, ``None`` if it means nothing of the kind."""
+    if isinstance(error, HTTPException):
+        refusal = Refusal(error.status_code, f"http_{error.status_code}", str(error.detail))
+        extra = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items()]
+        return replace(refusal, extra=tuple(extra))
+    if isinstance(error, EventError):
+        return Refusal(403, error.code, error.message, retry_after=error.retry_after)
+    if isinstance(error, WebSocketException):
+        return Refusal(403, "forbidden", error.reason)
+    return None

@@ -1,0 +1,298 @@
+"""This process's connections and groups, and the turn log that keeps everything in order.
+
+The law of this file: no await, no broker, no socket. What one turn of the event loop says is appended to
+one ordered log of (target, message, exclude); the log is flushed when the turn ends, when it is full, and
+before a join, a leave or a close that touches a target in it. A flush puts every message on its receivers
+in the order in which it was said, and writes each receiver once; bytes are spelled once for each kind of
+receiver and joined once for each combination. Per-group pending lists would be simpler and are wrong: what
+was said to two groups and to one client would arrive out of order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from .frames import Frame
+from .metrics import Metrics
+from .outbox import Entry
+from .protocols.plain import Plain
+from .seams import Carrier
+
+MAX_ENTRIES = 64  # messages in the log before it is flushed
+MAX_BYTES = 64 * 1024  # bytes in the log before it is flushed
+SLICE = 512  # receivers written before the loop gets a breath
+
+
+class Wire:
+    """One kind of receiver: a protocol on a carrier. There are few, and they are compared by identity."""
+
+    __slots__ = ("carrier", "protocol")
+
+    def __init__(self, protocol: Plain, carrier: Carrier) -> None:
+        self.protocol = protocol
+        self.carrier = carrier
+
+
+class Message:
+    """One thing said, spelled once for each wire that asks."""
+
+    __slots__ = ("_entries", "ephemeral", "frame", "key", "size")
+
+    def __init__(self, frame: Frame, size: int = 0, *, ephemeral: bool = False, key: str | None = None) -> None:
+        self.frame = frame
+        self.size = size
+        self.ephemeral = ephemeral
+        self.key = key
+        self._entries: dict[Wire, Entry | None] = {}
+
+    def entry(self, wire: Wire) -> Entry | None:
+        """Return the message as ``wire`` carries it, or ``None`` if it has no spelling there."""
+        try:
+            return self._entries[wire]
+        except KeyError:
+            spelled = wire.protocol.encode(self.frame)
+            entry = None
+            if spelled is not None:
+                entry = Entry(wire.carrier.frame(spelled), len(spelled), self.ephemeral, self.key)
+            self._entries[wire] = entry
+            return entry
+
+
+class Batch:
+    """What one flush hands to one receiver: the entries, and their payload joined for writing."""
+
+    __slots__ = ("entries", "payload")
+
+    def __init__(self, entries: list[Entry], carrier: Carrier) -> None:
+        self.entries = entries
+        self.payload = carrier.join([entry.payload for entry in entries])
+
+
+class Peer(Protocol):
+    """What the hub asks of a connection."""
+
+    session: str
+    wire: Wire
+    memberships: set[Group]
+
+    def offer(self, batch: Batch, /) -> None:
+        """Take a batch: hand it on or queue it, never wait and never raise."""
+
+
+class Group:
+    """The members of one group on this node, in the order they came."""
+
+    __slots__ = ("members", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: dict[Peer, None] = {}
+
+
+Target = Group | Any  # a group, or one peer
+LogEntry = tuple[Target, Message, "str | None"]
+
+
+class Hub:
+    """The groups of one process and the log of the present turn.
+
+    ``schedule`` calls a function when the turn of the loop has ended (asyncio's ``call_soon``).
+    """
+
+    def __init__(self, schedule: Callable[[Callable[[], None]], object], metrics: Metrics) -> None:
+        self._schedule = schedule
+        self._metrics = metrics
+        self.groups: dict[str, Group] = {}
+        self.on_crowd: Callable[[str, bool], None] = lambda name, occupied: None
+        self._log: list[LogEntry] = []
+        self._bytes = 0
+        self._touched: set[Target] = set()
+        self._scheduled = False
+        self._writes: Iterator[tuple[Peer, Batch]] = iter(())
+        self._writing = False
+
+    # Membership. Each of these ends what was said before it, to the members of then.
+
+    def join(self, peer: Peer, name: str) -> bool:
+        """Make ``peer`` a member; false if it is one already."""
+        group = self.groups.get(name)
+        if group is None:
+            group = self.groups[name] = Group(name)
+            self.on_crowd(name, True)
+        elif peer in group.members:
+            return False
+        self.settle(group)
+        group.members[peer] = None
+        peer.memberships.add(group)
+        return True
+
+    def leave(self, peer: Peer, name: str) -> bool:
+        """End a membership; false if there was none."""
+        group = self.groups.get(name)
+        if group is None or peer not in group.members:
+            return False
+        self._remove(peer, group)
+        peer.memberships.discard(group)
+        return True
+
+    def forget(self, peer: Peer) -> None:
+        """End every membership; ``peer.memberships`` stays readable until its owner drops it."""
+        for group in peer.memberships:
+            self._remove(peer, group)
+
+    def _remove(self, peer: Peer, group: Group) -> None:
+        self.settle(group)
+        del group.members[peer]
+        if not group.members:
+            del self.groups[group.name]
+            self.on_crowd(group.name, False)
+
+    # Saying something.
+
+    def deliver(self, name: str, message: Message, exclude: str | None = None) -> None:
+        """Say ``message`` to a group's members of this moment, except the session ``exclude``."""
+        group = self.groups.get(name)
+        if group is not None:
+            self._append(group, message, exclude)
+
+    def say(self, peer: Peer, message: Message) -> None:
+        """Say ``message`` to one peer, in its place among everything else that is said."""
+        self._append(peer, message, None)
+
+    def _append(self, target: Target, message: Message, exclude: str | None) -> None:
+        self._log.append((target, message, exclude))
+        self._touched.add(target)
+        self._bytes += message.size
+        if len(self._log) >= MAX_ENTRIES or self._bytes >= MAX_BYTES:
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._schedule(self._turn_ended)
+
+    # Flushing.
+
+    def settle(self, target: Target) -> None:
+        """Flush if something in the log is for ``target``."""
+        if target in self._touched:
+            self.flush()
+
+    def settle_peer(self, peer: Peer) -> None:
+        """Flush if something in the log may be for ``peer``, and write all of it: what comes now is its last."""
+        if peer in self._touched or not self._touched.isdisjoint(peer.memberships):
+            self.flush()
+        self._write_all()
+
+    def _turn_ended(self) -> None:
+        self._scheduled = False
+        if self._log:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put everything in the log on its receivers, in order, and begin to write."""
+        self._write_all()
+        log, self._log = self._log, []
+        self._touched = set()
+        self._bytes = 0
+        target, _, exclude = log[0]
+        if all(entry[0] is target and entry[2] == exclude for entry in log):
+            self._writes = spread(target, [entry[1] for entry in log], exclude)
+        else:
+            self._writes = merge(log)
+        self._write_slice()
+
+    def _write_all(self) -> None:
+        """Finish what is being written: nothing may overtake it."""
+        self._write(None)
+
+    def _write_slice(self) -> None:
+        """Write a slice of the receivers; the rest goes on after a breath of the loop."""
+        if self._write(SLICE) and not self._writing:
+            self._writing = True
+            self._schedule(self._go_on)
+
+    def _go_on(self) -> None:
+        self._writing = False
+        self._write_slice()
+
+    def _write(self, most: int | None) -> bool:
+        """Offer up to ``most`` batches; true if more are left. The hot loop: one call for each receiver."""
+        count = messages = 0
+        for peer, batch in self._writes:
+            peer.offer(batch)
+            messages += len(batch.entries)
+            count += 1
+            if count == most:
+                break
+        if messages:
+            self._metrics.delivered(messages)
+        return count == most
+
+
+def receivers(target: Target, exclude: str | None) -> Iterable[Peer]:
+    """Return who gets what is said to ``target``, as they are now."""
+    if not isinstance(target, Group):
+        return (target,)
+    if exclude is None:
+        return list(target.members)
+    return [peer for peer in target.members if peer.session != exclude]
+
+
+def spread(target: Target, messages: list[Message], exclude: str | None) -> Iterator[tuple[Peer, Batch]]:
+    """Everything in the log has one target: the same bytes for all receivers of one wire."""
+    peers = receivers(target, exclude)
+    return _spread(peers, messages)
+
+
+def _spread(peers: Iterable[Peer], messages: list[Message]) -> Iterator[tuple[Peer, Batch]]:
+    batches: dict[Wire, Batch | None] = {}
+    for peer in peers:
+        wire = peer.wire
+        if wire in batches:
+            batch = batches[wire]
+        else:
+            batch = batches[wire] = batch_of(messages, wire)
+        if batch is not None:
+            yield peer, batch
+
+
+def merge(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
+    """Put runs of the log on each receiver's list, in one synchronous pass, and return the writes.
+
+    Adjacent messages with one target and one exclude form a run. Receivers that are to get the same runs
+    share one batch.
+    """
+    lists: dict[Peer, list[int]] = {}
+    runs: list[list[Message]] = []
+    last: tuple[Target, str | None] | None = None
+    for target, message, exclude in log:
+        if last is not None and last[0] is target and last[1] == exclude:
+            runs[-1].append(message)
+            continue
+        last = (target, exclude)
+        runs.append([message])
+        number = len(runs) - 1
+        for peer in receivers(target, exclude):
+            if peer in lists:
+                lists[peer].append(number)
+            else:
+                lists[peer] = [number]
+    return _merged(lists, runs)
+
+
+def _merged(lists: dict[Peer, list[int]], runs: list[list[Message]]) -> Iterator[tuple[Peer, Batch]]:
+    batches: dict[tuple[Any, ...], Batch | None] = {}
+    for peer, numbers in lists.items():
+        key = (peer.wire, *numbers)
+        if key in batches:
+            batch = batches[key]
+        else:
+            batch = batches[key] = batch_of([message for number in numbers for message in runs[number]], peer.wire)
+        if batch is not None:
+            yield peer, batch
+
+
+def batch_of(messages: list[Message], wire: Wire) -> Batch | None:
+    """Return ``messages`` as one batch for ``wire``; ``None`` if none of them has a spelling there."""
+    entries = [entry for message in messages if (entry := message.entry(wire)) is not None]
+    return Batch(entries, wire.carrier) if entries else None

@@ -1,0 +1,124 @@
+"""The plain protocol: any WebSocket client, nothing to learn (no subprotocol, or ``rt.plain``).
+
+The law of this file: sans-I/O, frames to text or bytes and back, for one of four encodings. On ``json``
+what the host broadcasts as ``message`` is bare JSON, another event is ``{"event": …, "data": …}`` and what
+the package itself says is an object with ``type``. ``text``, ``bytes`` and ``None`` carry the data alone:
+there an error or a presence frame has no spelling and is not sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ..exceptions import ConfigurationError, EventError
+from ..frames import Error, Event, Frame, PresenceCount, PresenceDiff, PresenceState, Raw, encode
+
+Encoding = Literal["json", "text", "bytes"] | None
+
+MAX_DEPTH = 64  # levels of nesting of a received value: what was received can always be sent again
+
+
+class Plain:
+    """Spells frames for clients of one encoding."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        if encoding not in ("json", "text", "bytes", None):
+            raise ConfigurationError(f'encoding = {encoding!r} is unknown; write "json", "text", "bytes" or None')
+        self.encoding = encoding
+        self.answers = encoding == "json"  # whether an error can be said to this client
+
+    def encode(self, frame: Frame) -> str | bytes | None:
+        """Return the frame's text or bytes; ``None`` where it has no spelling."""
+        if isinstance(frame, Event):
+            return self._event(frame)
+        if isinstance(frame, Raw):
+            return frame.data
+        return encode(spelled(frame)).decode() if self.answers else None
+
+    def _event(self, frame: Event) -> str | bytes:
+        if self.encoding == "json":
+            spelled = frame.json.decode()
+            return spelled if frame.event == "message" else f'{{"event":{encode(frame.event).decode()},"data":{spelled}}}'
+        bare = frame.data if isinstance(frame.data, str | bytes) else frame.json.decode()
+        if self.encoding == "bytes" and isinstance(bare, str):
+            return bare.encode()
+        return bare.decode("utf-8", "replace") if self.encoding == "text" and isinstance(bare, bytes) else bare
+
+    def decode(self, raw: str | bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+        """Return what a client said; JSON is decoded (and validated, by a typed ``decoder``) in one pass.
+
+        Raises `EventError`: ``bad_message`` for what is not JSON, ``invalid`` for what is not of the
+        decoder's type, ``unsupported`` for text where bytes are spoken and the other way round.
+        """
+        if self.encoding == "json":
+            return decode_json(raw, decoder)
+        if self.encoding == "text" and not isinstance(raw, str):
+            raise EventError("unsupported", "this endpoint takes text messages")
+        if self.encoding == "bytes" and not isinstance(raw, bytes):
+            raise EventError("unsupported", "this endpoint takes binary messages")
+        return raw
+
+
+PLAIN: dict[Encoding, Plain] = {encoding: Plain(encoding) for encoding in ("json", "text", "bytes", None)}
+
+_decode = msgspec.json.Decoder().decode
+
+
+def decode_json(raw: str | bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+    """Decode JSON within the bounds of the wire; raises `EventError` with a sentence for the client."""
+    nested = isinstance(raw, str) and raw.count("[") + raw.count("{") > MAX_DEPTH
+    nested = nested or (isinstance(raw, bytes) and raw.count(b"[") + raw.count(b"{") > MAX_DEPTH)
+    try:
+        if nested and too_deep(_decode(raw)):
+            raise EventError("bad_message", f"more than {MAX_DEPTH} levels of nesting")
+        return _decode(raw) if decoder is None else decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        raise EventError("invalid", str(error)) from None
+    except RecursionError:
+        raise EventError("bad_message", f"more than {MAX_DEPTH} levels of nesting") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise EventError("bad_message", f"not JSON: {error}") from None
+
+
+def too_deep(value: Any) -> bool:
+    """Whether ``value`` has more than `MAX_DEPTH` levels; level by level, so that depth costs no stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for node in level for child in children(node)]
+        if not level:
+            return False
+    return True
+
+
+def children(node: Any) -> list[Any]:
+    """Return the containers directly inside a container."""
+    inside = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [child for child in inside if isinstance(child, dict | list)]
+
+
+def spelled(frame: Error | PresenceState | PresenceDiff | PresenceCount) -> dict[str, Any]:
+    """Return the JSON object of a frame that the package itself says."""
+    if isinstance(frame, Error):
+        body: dict[str, Any] = {
+            "type": "error",
+            "code": frame.code,
+            "message": frame.message,
+            "temporary": frame.temporary,
+        }
+        return body if frame.retry_after_ms is None else {**body, "retry_after_ms": frame.retry_after_ms}
+    if isinstance(frame, PresenceCount):
+        return {"type": "presence_count", "group": frame.group, "count": frame.count}
+    head = {"group": frame.group, "version": frame.version}
+    if isinstance(frame, PresenceState):
+        return {"type": "presence_state", **head, "members": metas(frame.members), "after": frame.after}
+    leaves = metas(frame.leaves)
+    for key, reason in frame.reasons.items():
+        leaves[key]["reason"] = reason
+    return {"type": "presence_diff", **head, "joins": metas(frame.joins), "leaves": leaves}
+
+
+def metas(members: Any) -> dict[str, Any]:
+    """Return members in Phoenix's form: each key with its metas."""
+    return {key: {"metas": list(present)} for key, present in members.items()}

@@ -1,0 +1,182 @@
+"""The write seam: everything a connection asks of what lies below it.
+
+The law of this file: above the seam nobody knows a server, below it nobody knows a group. A seam takes
+payloads that are ready to go, says when to stop and when to go on, and closes or aborts. It never waits,
+never queues more than what is on its way, and never writes after it has closed. `SendSeam` is the tenant
+for any ASGI server; the one that hands framed bytes to uvicorn's transport lives in `uvicorn.py` and
+announces itself in the scope's extensions under `SEAM_EXTENSION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from starlette.types import Message, Send
+
+from .loop import Handle, Tasks
+
+SEAM_EXTENSION = "starlette_rt.seam"
+
+
+class Carrier(Protocol):
+    """How payloads travel on one kind of seam: each message is framed once and shared by every peer on it."""
+
+    def frame(self, data: str | bytes, /) -> Any:
+        """Return one message (text for ``str``, binary for ``bytes``) in the seam's own form."""
+
+    def join(self, frames: Sequence[Any], /) -> Any:
+        """Return many framed messages as the one payload that ``write`` takes."""
+
+
+class Listener(Protocol):
+    """What a seam tells the connection above it. All calls are synchronous and must not raise."""
+
+    def on_pause(self) -> None:
+        """Hand over nothing more until ``on_resume``; said again when a part of a payload has gone."""
+
+    def on_resume(self) -> None:
+        """What was handed over is on its way; more is welcome."""
+
+    def on_closing(self, code: int) -> None:
+        """The server is shutting down (1012): finish what is queued, then ``close(code)``."""
+
+
+class Seam(Protocol):
+    """What a connection may do to its transport."""
+
+    carrier: Carrier
+
+    def attach(self, listener: Listener) -> None:
+        """Report to ``listener`` from now on."""
+
+    def write(self, payload: Any) -> bool:
+        """Hand over a joined payload; false, and nothing is taken, while not open, paused or closing."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Send the Close frame; nothing can be written after it. A second call does nothing."""
+
+    def abort(self) -> None:
+        """Drop the transport at once; what was not sent is lost."""
+
+
+class AsgiCarrier:
+    """Payloads as ASGI messages; servers only read them, so one message serves every peer."""
+
+    def frame(self, data: str | bytes, /) -> Message:
+        return {"type": "websocket.send", "text" if isinstance(data, str) else "bytes": data}
+
+    def join(self, frames: Sequence[Message], /) -> tuple[Message, ...]:
+        return tuple(frames)
+
+
+ASGI = AsgiCarrier()
+
+
+class SendSeam:
+    """The seam over ASGI's ``send()``: a task writes what it was handed and ends; none waits while idle."""
+
+    __slots__ = ("_abort", "_busy", "_close", "_listener", "_open", "_paused", "_send", "_spawn", "_writer")
+
+    carrier = ASGI
+    _listener: Listener
+
+    def __init__(self, send: Send, spawn: Callable[..., Handle], abort: Callable[[], object] | None = None) -> None:
+        self._send = send
+        self._spawn = spawn
+        self._abort = abort
+        self._writer: Handle | None = None
+        self._close: Message | None = None
+        self._open = True
+        self._busy = self._paused = False
+
+    def attach(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def write(self, payload: tuple[Message, ...]) -> bool:
+        if self._busy or not self._open:
+            return False
+        self._start(payload)
+        return True
+
+    def close(self, code: int, reason: str) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._close = {"type": "websocket.close", "code": code, "reason": reason}
+        if not self._busy:
+            self._start(())
+
+    def abort(self) -> None:
+        self._open = False
+        self._close = None
+        if self._writer is not None:
+            self._writer.cancel()
+        if self._abort is not None:
+            self._abort()
+
+    def _start(self, payload: tuple[Message, ...]) -> None:
+        self._busy = True
+        writer = self._spawn(self._write, payload)
+        if self._busy:
+            self._writer = writer
+            self._paused = True
+            self._listener.on_pause()
+
+    async def _write(self, payload: tuple[Message, ...]) -> None:
+        try:
+            for message in payload:
+                await self._send(message)
+                if self._paused:
+                    self._listener.on_pause()
+            if self._close is not None:
+                await self._send(self._close)
+        except Exception:
+            # The peer has left while we wrote: OSError on uvicorn, RuntimeError elsewhere. The reader hears of it.
+            self._open = False
+        finally:
+            self._finished()
+
+    def _finished(self) -> None:
+        self._busy = False
+        self._writer = None
+        if self._paused:
+            self._paused = False
+            if self._open:
+                self._listener.on_resume()
+
+
+def seam_for(scope: Any, send: Send, tasks: Tasks) -> Seam:
+    """Return the server's own seam if it brought one, else one over ``send``."""
+    seam: Seam | None = (scope.get("extensions") or {}).get(SEAM_EXTENSION)
+    return seam if seam is not None else SendSeam(send, tasks.spawn, partial(abort_transport, send))
+
+
+def abort_transport(send: Send) -> bool:
+    """Drop the connection that ``send`` writes to, where the server lets its transport be found.
+
+    ASGI has no word for this. uvicorn's and hypercorn's ``send`` are methods of objects that hold the
+    transport, possibly inside the closures of middlewares. Returns whether a transport was found.
+    """
+    seen: set[int] = set()
+    found: list[Any] = [send]
+    for thing in found:  # grows while it is walked: breadth first, and bounded
+        if id(thing) in seen or len(seen) > 200:
+            continue
+        seen.add(id(thing))
+        transport = getattr(thing, "transport", None)
+        if callable(abort := getattr(transport, "abort", None)):
+            abort()
+            return True
+        found += [getattr(thing, name, None) for name in ("__self__", "__wrapped__", "func", "send", "_send", "writer")]
+        found += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if filled(cell)]
+    return False
+
+
+def filled(cell: Any) -> bool:
+    """Whether a closure's cell holds a value; an empty one raises on reading."""
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

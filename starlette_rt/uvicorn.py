@@ -1,0 +1,259 @@
+"""The shared-frame path on uvicorn: ``uvicorn app:app --ws starlette_rt.uvicorn:RealtimeWebSocketProtocol``.
+
+The law of this file: it is uvicorn's own WebSocket protocol plus the write seam, and knows nothing of what is
+above it. A socket that nobody attaches to behaves as on plain uvicorn, but for the tracebacks that a peer's
+garbage leaves there. Whatever it uses of uvicorn stands in `RELIES_ON` and is checked at import; where
+something is missing the class steps aside. Its timers are those of the server's loop, as uvicorn's are.
+"""
+
+from __future__ import annotations
+
+import logging
+from asyncio import Task, TimerHandle
+from collections.abc import Mapping
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+from .protocols.framing import FRAMED
+from .seams import SEAM_EXTENSION
+
+try:
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+    from websockets.frames import Frame
+    from websockets.protocol import State
+except ImportError as error:
+    raise ImportError(
+        f'starlette_rt.uvicorn needs a recent uvicorn and websockets: pip install "uvicorn[standard]" ({error})'
+    ) from error
+
+if TYPE_CHECKING:
+    from .seams import Carrier, Listener
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=type)
+
+FITS = "0.52.1 to 0.54"  # the versions of uvicorn that this file has been tested with
+
+# Method of uvicorn's class -> what its code must mention for this file to be right: attributes that we read or
+# set, and the methods of ours that it must call.
+RELIES_ON: Mapping[str, str] = {
+    "__init__": "loop conn queue transport handshake_complete close_sent close_timer close_timeout disconnected"
+    " read_paused frames curr_msg_data_type",
+    "connection_lost": "disconnected",
+    "data_received": "handle_parser_exception",
+    "eof_received": "",
+    "handle_close": "close_sent close_timer",
+    "handle_connect": "scope run_asgi on_task_complete",
+    "handle_events": "handle_close",
+    "handle_parser_exception": "",
+    "handle_text": "send_receive_event_to_app",
+    "keepalive_timeout": "",
+    "on_task_complete": "",
+    "pause_writing": "",
+    "resume_writing": "",
+    "run_asgi": "close_timer",
+    "send": "disconnected close_sent",
+    "send_keepalive_ping": "keepalive_timeout",
+    "send_receive_event_to_app": "frames curr_msg_data_type",
+    "shutdown": "close_sent close_timer",
+}
+ADDS = ("abort", "attach", "carrier", "close", "write")
+
+
+def misfits(base: type, relies_on: Mapping[str, str] = RELIES_ON) -> list[str]:
+    """Return what ``base`` lacks of ``relies_on``, and what it has that this file means to add."""
+    found = []
+    for method, names in relies_on.items():
+        code = getattr(getattr(base, method, None), "__code__", None)
+        if code is None:
+            found.append(f"no {method}()")
+        else:
+            found += [f"no {name} in {method}()" for name in names.split() if name not in code.co_names]
+    return found + [f"a {name} of its own" for name in ADDS if hasattr(base, name)]
+
+
+def fitted(ours: C) -> C:
+    """Return ``ours``, or the class it is built on and a WARNING where the two do not fit."""
+    base = ours.__mro__[1]
+    if not (found := misfits(base)):
+        return ours
+    logger.warning(
+        "this uvicorn's %s does not fit starlette_rt %s (%s); uvicorn %s do. "
+        "It is used as it is, and messages go through send(): correct, but not shared.",
+        base.__name__,
+        ours.__name__,
+        ", ".join(found),
+        FITS,
+    )
+    return cast("C", base)
+
+
+@fitted
+class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol as a `Seam`: framed bytes go to the transport, shared by every peer.
+
+    It puts itself into ``scope["extensions"]`` under `SEAM_EXTENSION`. The handshake (accept and denial)
+    stays ASGI's. ``close_timeout`` (uvicorn's, 10 s) is what the peer of an attached connection has to end
+    it after a Close frame or an end of stream; then the transport is aborted, whatever is still buffered.
+    """
+
+    __slots__ = ("_deadline", "_listener", "_shutting_down", "_unpaused")
+
+    carrier: Carrier = FRAMED
+    shutdown_timeout: ClassVar[float] = 5.0  # seconds from the server's shutdown to the abort
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._listener: Listener | None = None
+        self._unpaused = True
+        self._shutting_down = False
+        self._deadline: TimerHandle | None = None
+
+    # What the connection calls.
+
+    def attach(self, listener: Listener) -> None:
+        """Report to ``listener`` from now on; at once, if the transport is paused already."""
+        self._listener = listener
+        if not self._unpaused:
+            listener.on_pause()
+
+    def write(self, payload: bytes) -> bool:
+        """Hand framed bytes to the transport; false, and nothing is taken, while not open, paused or closing.
+
+        The state and the transport are asked each time: an ASGI close, the peer's Close, a failed ping and a
+        failed write each change one of them without a call that could be overridden.
+        """
+        if self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing():
+            self.transport.write(payload)
+            return True
+        return False
+
+    def close(self, code: int, reason: str) -> None:
+        """Send the Close frame, also while paused; nothing unless open. What ``websocket.close`` does, at once.
+
+        Whoever still uses ASGI's ``send()`` afterwards gets uvicorn's ``ClientDisconnected``. Raises
+        websockets' ``ProtocolError``, before any effect, for a code that may not be sent or a reason of more
+        than 123 bytes.
+        """
+        if self.conn.state is not State.OPEN or self.transport.is_closing():
+            return
+        self.conn.send_close(code, reason)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = self.disconnected = True
+        if self._shutting_down:
+            self.transport.close()
+        else:
+            self._await_echo()
+
+    def abort(self) -> None:
+        """Drop the transport at once; what was not sent is lost."""
+        self.transport.abort()
+
+    # What the transport and the server say.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unpaused = False
+        if self._listener is not None:
+            self._listener.on_pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unpaused = True
+        if self._listener is not None:
+            self._listener.on_resume()
+
+    def shutdown(self) -> None:
+        """Let the listener finish and ``close()``, for ``shutdown_timeout`` at most; without one, as uvicorn does."""
+        state = self.conn.state
+        if self._listener is not None and state is State.OPEN and not self._shutting_down:
+            self._shutting_down = True
+            self._listener.on_closing(1012)
+        elif state is State.OPEN or state is State.CONNECTING or self.close_sent:
+            super().shutdown()
+        else:
+            self.transport.close()  # the peer's Close was answered: uvicorn would try a second one, and raise
+        self._end_within(self.shutdown_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end: no timer and no listener remains. A lost transport holds nobody back, so a pause ends here."""
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        listener, self._listener = self._listener, None
+        if listener is not None and not self._unpaused:
+            listener.on_resume()
+        self._unpaused = False
+
+    # What uvicorn does, and what is to be added to it.
+
+    def run_asgi(self) -> CoroutineType[Any, Any, None]:
+        """Enter the scope here and not after ``handle_connect``: an eager task would already have read it."""
+        scope: Any = self.scope
+        scope["extensions"][SEAM_EXTENSION] = self
+        return cast("CoroutineType[Any, Any, None]", super().run_asgi())
+
+    def send_receive_event_to_app(self) -> None:
+        """Close with 1007 what is no UTF-8, where uvicorn logs a traceback; nothing if it is closing anyway."""
+        if self.curr_msg_data_type == "bytes" or _is_text(self.frames):
+            return super().send_receive_event_to_app()
+        self.frames = []
+        if self.conn.state is State.OPEN:
+            self.conn.send_close(1007)
+            self.handle_parser_exception()
+        elif self.conn.state is State.CONNECTING:
+            self.handle_parser_exception()
+
+    def handle_parser_exception(self) -> None:
+        if self.conn.state is State.CONNECTING:
+            self._drop_handshake()  # uvicorn asserts that there is a Close frame to send
+        else:
+            super().handle_parser_exception()
+        self._end_within(self.close_timeout)
+
+    def handle_close(self, event: Frame) -> None:
+        if self.conn.state is State.CONNECTING:
+            self._drop_handshake()
+        else:
+            super().handle_close(event)
+        self._end_within(self.close_timeout)
+
+    def eof_received(self) -> None:
+        super().eof_received()
+        self._end_within(self.close_timeout)
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self._end_within(self.close_timeout)
+
+    def on_task_complete(self, task: Task[None]) -> None:
+        super().on_task_complete(task)
+        self._end_within(self.close_timeout)
+
+    def _drop_handshake(self) -> None:
+        """The peer spoke before it was accepted, and wrongly: there is no WebSocket to close, only a socket."""
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+        self.handshake_complete = self.disconnected = True
+        self.transport.close()
+
+    def _await_echo(self) -> None:
+        """Read on until the peer's Close arrives, for ``close_timeout`` at most."""
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(self.close_timeout, self.transport.abort)
+
+    def _end_within(self, seconds: float) -> None:
+        """Bound the end of an attached connection: ``transport.close()`` alone waits forever for a peer to read."""
+        if self._listener is not None and self._deadline is None:
+            self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+
+def _is_text(parts: list[bytes]) -> bool:
+    try:
+        b"".join(parts).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
