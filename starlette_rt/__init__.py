@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .backends.base import Published
 from .connection import Connection
 from .endpoints import RealtimeEndpoint
 from .exceptions import (
@@ -19,7 +20,6 @@ from .metrics import Metrics
 from .middleware import RealtimeMiddleware
 from .outbox import OutboxLimits
 from .presence import Member
-from .backends.base import Published
 from .realtime import Realtime
 from .tokens import JWTVerifier, TokenBackend, TokenSigner
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from ipaddress import AddressValueError, IPv6Address
+from ipaddress import AddressValueError, IPv6Address, IPv6Network
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -54,6 +54,17 @@ class Handshake:
     session: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
     carrier: Carrier | None = None
+
+    @property
+    def block(self) -> str | None:
+        """What limits per address count by: an IPv4 address, or the /64 that an IPv6 host has for itself."""
+        if self.ip is None or ":" not in self.ip:
+            return self.ip
+        try:
+            address = IPv6Address(self.ip)
+        except AddressValueError:
+            return self.ip
+        return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
 
     @property
     def is_browser(self) -> bool:

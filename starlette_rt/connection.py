@@ -23,6 +23,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from .exceptions import CloseCode, EventError
 from .faults import FaultLog
+from .feed import Watch
 from .frames import Raw, error_frame
 from .frames import event as event_frame
 from .hub import Batch, Group, Hub, Message, Wire
@@ -58,13 +59,20 @@ class Node(Protocol):
     watched: dict[Connection, None]
 
     def forget(self, connection: Connection, /) -> None: ...
-    async def join(self, connection: Connection, group: str, presence: str | None, /) -> None: ...
+    async def join(self, connection: Connection, group: str, presence: Watch | None, /) -> None: ...
     async def leave(self, connection: Connection, group: str, /) -> None: ...
     async def track(self, connection: Connection, group: str, meta: Any, /) -> None: ...
     async def update(self, connection: Connection, group: str, meta: Any, /) -> None: ...
     async def untrack(self, connection: Connection, group: str, /) -> None: ...
     async def broadcast(
-        self, group: str, data: Any, event: str = ..., *, exclude: Any = ..., ephemeral: bool = ..., key: str | None = ...
+        self,
+        group: str,
+        data: Any,
+        event: str = ...,
+        *,
+        exclude: Any = ...,
+        ephemeral: bool = ...,
+        key: str | None = ...,
     ) -> Any: ...
 
 
@@ -174,7 +182,7 @@ class Connection:
         """Whether what is said to it may still arrive."""
         return self._state == OPEN
 
-    async def join(self, group: str, *, presence: str | None = None) -> None:
+    async def join(self, group: str, *, presence: Watch | None = None) -> None:
         """Join ``group``; from now on its broadcasts arrive. Joining twice is joining once.
 
         ``presence="members"`` also sends who is present and every change, ``"count"`` their number.
@@ -224,9 +232,10 @@ class Connection:
         """Close: what was said before is sent first, then the Close frame, then nothing.
 
         Returns when the close has begun. A peer that does not take its backlog within the outbox's
-        ``close`` seconds is dropped. Before accept it refuses the handshake (403).
+        ``close`` seconds is dropped. Before accept it refuses the handshake (403). Raises `ValueError` for a
+        code that may not be sent (1000, 1001, 1003, 1007 to 1014 and 3000 to 4999 may).
         """
-        self.begin_close(code, reason)
+        self.begin_close(check_code(code), reason)
 
     async def wait_closed(self) -> None:
         """Return when the peer has left or the close is done."""
@@ -304,12 +313,12 @@ class Connection:
 
     def on_closing(self, code: int) -> None:
         """The server shuts down: finish, then close."""
-        self.begin_close(code, CloseCode(code).reason)
+        self.begin_close(code, CloseCode.SERVICE_RESTART.reason)
 
     # How it ends.
 
     def begin_close(self, code: int, reason: str = "") -> None:
-        """Flush what was said, then close with ``code``; once."""
+        """Flush what was said, then close; once. What a Close frame cannot carry becomes 1011, a reason is cut."""
         if self._state >= CLOSING:
             return
         if self._state == CONNECTING:
@@ -332,7 +341,8 @@ class Connection:
         self._seam.close(code, code.reason)
 
     def _end_with(self, code: int, reason: str, seconds: float) -> None:
-        self._closing = (code, reason)
+        code = code if sendable(code) else int(CloseCode.INTERNAL_ERROR)
+        self._closing = (code, reason.encode()[:123].decode("utf-8", "ignore"))
         self.close_code = code
         self._deadline = self._node.tasks.time() + seconds
         self._node.watched[self] = None
@@ -500,7 +510,7 @@ class Connection:
         try:
             self._state = CLOSED
             self._outbox = None
-            if self.paused_at is None:  # otherwise its deadline stands: a Close frame waits for a peer that does not read
+            if self.paused_at is None:  # else its deadline stands: a Close frame waits to be read
                 self._node.watched.pop(self, None)
             if self._ended is not None:
                 self._ended.set()
@@ -556,6 +566,18 @@ class Connection:
         if not hasattr(script, "messages"):
             raise RuntimeError("this endpoint reads for you; use on_receive")
         return script.messages()  # type: ignore[union-attr, no-any-return]
+
+
+def check_code(code: int) -> int:
+    """Return ``code`` if RFC 6455 lets an endpoint send it; raises `ValueError` otherwise."""
+    if sendable(code):
+        return code
+    raise ValueError(f"{code} is no code that may be sent; write 1000, 1011 or one of 4000 to 4999")
+
+
+def sendable(code: int) -> bool:
+    """Whether a Close frame may carry ``code``."""
+    return code in (1000, 1001, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def name_of(function: Handler) -> str:

@@ -32,16 +32,28 @@ from typing import Any, ClassVar
 
 from starlette.endpoints import WebSocketEndpoint
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from .admission import Refusal, choose_protocol, parse_origins
 from .backends.base import Published
-from .connection import CONNECTING, Connection
+from .connection import Connection
 from .events import Decoder, ModelDecoder, message_decoder
 from .exceptions import CloseCode, ConfigurationError, EventError
+from .feed import Watch
 from .frames import MAX_MESSAGE
-from .gate import FAILED, NOT_ACCEPTED, Terms, admission_of, admit, deny, linger, meter_of, refusal_for, release, take_over
+from .gate import (
+    FAILED,
+    NOT_ACCEPTED,
+    Terms,
+    admission_of,
+    admit,
+    deny,
+    linger,
+    meter_of,
+    refusal_for,
+    release,
+    take_over,
+)
 from .identity import Identity
 from .limits import RateLimit
 from .protocols.plain import PLAIN, Encoding
@@ -138,7 +150,7 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """Who the client is; a guest has an identity too."""
         return self.connection.user
 
-    async def join(self, group: str, *, presence: str | None = None) -> None:
+    async def join(self, group: str, *, presence: Watch | None = None) -> None:
         """See `Connection.join`."""
         await self.connection.join(group, presence=presence)
 

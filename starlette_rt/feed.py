@@ -129,4 +129,3 @@ class Feed:
             if MEMBERS + group in self._hub.groups:
                 self._states[group] = cached
         return cached[1]
-

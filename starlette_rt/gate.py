@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from .admission import Admission, Refusal, check_origin, choose_protocol, read
-from .connection import CONNECTING, Connection
+from .connection import CONNECTING, Connection, check_code
 from .exceptions import CloseCode, EventError, RealtimeError
 from .frames import MAX_MESSAGE
 from .hub import Wire
@@ -91,14 +91,15 @@ def admit(host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity 
         return NOT_RUNNING
     if host.draining:
         return DRAINING
-    user = identify(scope, admission, terms, identity)
-    if isinstance(user, Refusal):
-        return user
-    ip = admission.handshake.ip
+    user, ip = identify(scope, admission, terms, identity), admission.handshake.block
     if isinstance(admission.counter, ConnectionCounter):
-        name = user.identity if user.is_authenticated else None
+        name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
         if refused := admission.counter.take(ip, name, host.tasks.time()):
             return too_many(refused)
+        if isinstance(user, Refusal):
+            admission.counter.release(ip, name)  # a bad token costs its share of the rate, and no slot
+    if isinstance(user, Refusal):
+        return user
     seam = seam_for(scope, send, host.tasks)
     connection = Connection(
         host,
@@ -163,7 +164,9 @@ def warn_overwritten() -> None:
 # Refusing.
 
 
-async def deny(scope: Scope, receive: Receive, send: Send, refusal: Refusal, host: Any, code: int | None = None) -> None:
+async def deny(
+    scope: Scope, receive: Receive, send: Send, refusal: Refusal, host: Any, code: int | None = None
+) -> None:
     """Answer a handshake with ``refusal``: over HTTP, or to a browser of ours with a close code it can read."""
     admission = admission_of(scope, host)
     if host is not None:
@@ -231,7 +234,7 @@ def diverted(connection: Connection, send: Send, protocol: str | None) -> Send:
         if kind == "websocket.send":
             connection.send_raw(message)
         elif kind == "websocket.close":
-            connection.begin_close(message.get("code", 1000), message.get("reason") or "")
+            connection.begin_close(check_code(message.get("code", 1000)), message.get("reason") or "")
         elif kind == "websocket.accept":
             if message.get("subprotocol") is None:
                 message["subprotocol"] = protocol
@@ -374,7 +377,9 @@ def refusal_for(error: Exception) -> Refusal | None:
     """Return the refusal that an exception of ``on_connect`` means, ``None`` if it means nothing of the kind."""
     if isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, f"http_{error.status_code}", str(error.detail))
-        extra = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items()]
+        extra = [
+            (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items()
+        ]
         return replace(refusal, extra=tuple(extra))
     if isinstance(error, EventError):
         return Refusal(403, error.code, error.message, retry_after=error.retry_after)

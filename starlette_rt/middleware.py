@@ -8,24 +8,31 @@ connection on ``self``.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .admission import Admission, RedactingFilter, Refusal, authorization_header, check_origin, parse_origins, read
-from .exceptions import ConfigurationError, TokenError
+from .admission import (
+    SERVER_LOGGERS,
+    Admission,
+    RedactingFilter,
+    Refusal,
+    authorization_header,
+    check_origin,
+    parse_origins,
+    read,
+)
+from .exceptions import ConfigurationError, TokenError, Unavailable
 from .gate import NO_IDENTITY, Denied, Reject, deny
 from .identity import Identity, credentials
 from .limits import ConnectionCounter, ConnectionLimits
 from .realtime import Realtime
-from .tokens import Verifier
-
-ACCESS_LOGS = ("uvicorn.access", "uvicorn.error", "hypercorn.access", "granian.access", "_granian")
+from .tokens import MAX_TICKET_TTL, Verifier, resolve
 
 
 class RealtimeMiddleware:
@@ -90,10 +97,8 @@ class RealtimeMiddleware:
             await receive()
             await deny(scope, receive, send, refusal, self._realtime)
             return
-        try:
+        with suppress(Denied):  # `Realtime.accept` has answered the handshake
             await self.app(scope, receive, send)
-        except Denied:
-            pass  # `Realtime.accept` has answered the handshake
 
     async def _identify(self, scope: Scope, admission: Admission) -> None:
         """Verify what the handshake carries; put the user into the scope, or the refusal into the admission."""
@@ -114,6 +119,9 @@ class RealtimeMiddleware:
         except TokenError as error:
             admission.refusal = Refusal.of(error)
             return
+        except Unavailable as error:
+            admission.refusal = Refusal(503, "unavailable", str(error), retry_after=5.0)
+            return
         admission.identity = identity
         scope["user"], scope["auth"] = identity, credentials(identity)
 
@@ -122,8 +130,8 @@ class RealtimeMiddleware:
         if ticket:
             identity = await self._use_ticket(token)
         else:
-            verified = self._tokens.verify(token)  # type: ignore[union-attr]
-            identity = await verified if inspect.isawaitable(verified) else verified
+            assert self._tokens is not None
+            identity = await resolve(self._tokens, token)
         if self._realtime.running and await self._realtime.revoked(identity):
             raise TokenError("the token has been revoked")
         return identity
@@ -133,7 +141,7 @@ class RealtimeMiddleware:
         if verify is None:
             raise TokenError("this app takes no tickets")
         identity: Identity = verify(ticket)
-        if not self._realtime.running or not await self._realtime.claim(f"ticket:{identity.token_id}", 3600.0):
+        if not self._realtime.running or not await self._realtime.claim(f"ticket:{identity.token_id}", MAX_TICKET_TTL):
             raise TokenError("the ticket has been used", expired=True)
         return identity
 
@@ -155,10 +163,17 @@ class RealtimeMiddleware:
             else:
                 await send(message)
 
-        async with self._realtime:
+        try:
+            await self._realtime.__aenter__()
+        except Exception as error:  # a server takes a lifespan that raises for one that is not supported
+            await receive()
+            return await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+        try:
             if "state" in scope:
                 scope["state"]["rt"] = self._realtime
             await self.app(scope, receive, hold_back)
+        finally:
+            await self._realtime.__aexit__()
         for message in ended:
             await send(message)
 
@@ -177,7 +192,7 @@ def check_settings(realtime: Any, tokens: Any, protect: str, reject: str) -> Non
 
 def redact_logs() -> None:
     """Keep tokens and tickets of query strings out of the access logs of the servers we know; once."""
-    for name in ACCESS_LOGS:
+    for name in SERVER_LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(each, RedactingFilter) for each in logger.filters):
             logger.addFilter(RedactingFilter())

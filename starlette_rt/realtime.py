@@ -26,7 +26,7 @@ from .backends.base import Backend, Publication, Published
 from .connection import Connection
 from .exceptions import CloseCode, ConfigurationError, NotRunning
 from .faults import FaultLog
-from .feed import Feed
+from .feed import Feed, Watch
 from .frames import Event, check_group, check_name, encode, plain_data, plain_meta
 from .gate import Acceptance
 from .hub import Hub, Message, Wire
@@ -158,13 +158,17 @@ class Realtime:
     async def _sweep(self) -> None:
         while True:
             await anyio.sleep(SWEEP)
-            now, wall = self.tasks.time(), time.time()
-            for connection in tuple(self.watched):
-                connection.look(now)
-            for connection in [one for one in self._expiring if expires(one) <= wall]:
-                connection.begin_close(CloseCode.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED.reason)
-            self.buckets.sweep(now, 100)
-            self._backend.presence.sweep()
+            self._look()
+
+    def _look(self) -> None:
+        """Look at whatever has a deadline; in a frame of its own, which keeps no connection alive."""
+        now, wall = self.tasks.time(), time.time()
+        for connection in tuple(self.watched):
+            connection.look(now)
+        for connection in [one for one in self._expiring if expires(one) <= wall]:
+            connection.begin_close(CloseCode.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED.reason)
+        self.buckets.sweep(now, 100)
+        self._backend.presence.sweep()
 
     def _now(self) -> float:
         return self.tasks.time()
@@ -201,8 +205,8 @@ class Realtime:
             raise ValueError("key= keeps only the latest of a kind; write ephemeral=True with it")
         session = exclude.session if isinstance(exclude, Connection) else exclude
         plain = plain_data(data)
-        spelled = encode(plain)
-        publication = Publication(check_name(group), check_name(event, "event"), plain, spelled, session, ephemeral, key)
+        names = check_name(group), check_name(event, "event")
+        publication = Publication(*names, plain, encode(plain), session, ephemeral, key)
         self.metrics.published()
         return await self._backend.broker.publish(publication)
 
@@ -333,7 +337,7 @@ class Realtime:
         self.connections.pop(connection.id, None)
         self._expiring.pop(connection, None)
 
-    async def join(self, connection: Connection, group: str, presence: str | None) -> None:
+    async def join(self, connection: Connection, group: str, presence: Watch | None) -> None:
         """See `Connection.join`."""
         check_group(group)
         if presence not in (None, "members", "count"):
@@ -341,7 +345,7 @@ class Realtime:
         if self._knows(connection):
             self.hub.join(connection, group)
             if presence is not None:
-                await self._feed.watch(connection, group, presence)  # type: ignore[arg-type]
+                await self._feed.watch(connection, group, presence)
 
     async def leave(self, connection: Connection, group: str) -> None:
         """See `Connection.leave`."""
@@ -365,7 +369,7 @@ class Realtime:
     async def untrack(self, connection: Connection, group: str) -> None:
         """See `Connection.untrack`."""
         if group in connection.tracked:
-            connection.tracked.discard(group)  # type: ignore[union-attr]
+            connection.tracked.discard(group)
             await self._backend.presence.untrack(group, connection.user.identity, connection.id)
 
     def _knows(self, connection: Connection) -> bool:

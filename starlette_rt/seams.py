@@ -79,7 +79,7 @@ class SendSeam:
 
     __slots__ = ("_abort", "_busy", "_close", "_listener", "_open", "_paused", "_send", "_spawn", "_writer")
 
-    carrier = ASGI
+    carrier: Carrier = ASGI
     _listener: Listener
 
     def __init__(self, send: Send, spawn: Callable[..., Handle], abort: Callable[[], object] | None = None) -> None:
@@ -143,8 +143,7 @@ class SendSeam:
         self._writer = None
         if self._paused:
             self._paused = False
-            if self._open:
-                self._listener.on_resume()
+            self._listener.on_resume()
 
 
 def seam_for(scope: Any, send: Send, tasks: Tasks) -> Seam:

@@ -7,7 +7,7 @@ client library itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -67,7 +67,7 @@ class PresenceStore(Protocol):
 
     async def start(self, changed: Callable[[str], None]) -> None: ...
     async def stop(self) -> None: ...
-    async def track(self, group: str, key: str, connection: str, meta: Mapping[str, Any]) -> None: ...
+    async def track(self, group: str, key: str, connection: str, meta: dict[str, Any]) -> None: ...
     async def untrack(self, group: str, key: str, connection: str) -> None: ...
 
     def close(self, groups: Sequence[str], key: str, connection: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..limits import Buckets, RateLimit
@@ -56,7 +56,7 @@ class MemoryPresence:
         self._lingering.clear()
         self._changed = ignore
 
-    async def track(self, group: str, key: str, connection: str, meta: Mapping[str, Any]) -> None:
+    async def track(self, group: str, key: str, connection: str, meta: dict[str, Any]) -> None:
         roster = self._rosters.get(group)
         if roster is None:
             roster = self._rosters[group] = Roster()

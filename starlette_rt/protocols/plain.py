@@ -8,7 +8,7 @@ there an error or a presence frame has no spelling and is not sent.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -18,6 +18,13 @@ from ..frames import Error, Event, Frame, PresenceCount, PresenceDiff, PresenceS
 Encoding = Literal["json", "text", "bytes"] | None
 
 MAX_DEPTH = 64  # levels of nesting of a received value: what was received can always be sent again
+
+
+class Decodes(Protocol):
+    """Decodes JSON into one type: a `msgspec.json.Decoder`, or one of `events.py`."""
+
+    def decode(self, raw: str | bytes, /) -> Any:
+        """Return the value."""
 
 
 class Plain:
@@ -40,13 +47,15 @@ class Plain:
     def _event(self, frame: Event) -> str | bytes:
         if self.encoding == "json":
             spelled = frame.json.decode()
-            return spelled if frame.event == "message" else f'{{"event":{encode(frame.event).decode()},"data":{spelled}}}'
+            if frame.event == "message":
+                return spelled
+            return f'{{"event":{encode(frame.event).decode()},"data":{spelled}}}'
         bare = frame.data if isinstance(frame.data, str | bytes) else frame.json.decode()
         if self.encoding == "bytes" and isinstance(bare, str):
             return bare.encode()
         return bare.decode("utf-8", "replace") if self.encoding == "text" and isinstance(bare, bytes) else bare
 
-    def decode(self, raw: str | bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+    def decode(self, raw: str | bytes, decoder: Decodes | None = None) -> Any:
         """Return what a client said; JSON is decoded (and validated, by a typed ``decoder``) in one pass.
 
         Raises `EventError`: ``bad_message`` for what is not JSON, ``invalid`` for what is not of the
@@ -66,7 +75,7 @@ PLAIN: dict[Encoding, Plain] = {encoding: Plain(encoding) for encoding in ("json
 _decode = msgspec.json.Decoder().decode
 
 
-def decode_json(raw: str | bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+def decode_json(raw: str | bytes, decoder: Decodes | None = None) -> Any:
     """Decode JSON within the bounds of the wire; raises `EventError` with a sentence for the client."""
     nested = isinstance(raw, str) and raw.count("[") + raw.count("{") > MAX_DEPTH
     nested = nested or (isinstance(raw, bytes) and raw.count(b"[") + raw.count(b"{") > MAX_DEPTH)

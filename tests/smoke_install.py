@@ -1,0 +1,59 @@
+"""Use the installed package as its user would: run by CI with the Python of a fresh venv, far from the sources.
+
+It imports nothing but the package and the standard library, so it finds what a wheel forgot: a file, a dependency,
+a name. Each function below is one use; a new part of the package adds one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.resources
+import sys
+
+import starlette_rt
+from starlette_rt import Identity, Realtime, TokenSigner
+
+
+def every_promised_name_is_there() -> None:
+    for name in starlette_rt.__all__:
+        assert getattr(starlette_rt, name) is not None, name
+
+
+def it_is_the_installed_package_and_nothing_else_came_along() -> None:
+    assert str(starlette_rt.__file__).startswith(sys.prefix), starlette_rt.__file__
+    files = importlib.metadata.files("starlette-rt") or []
+    folders = {file.parts[0] for file in files}
+    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"starlette_rt"}, folders
+
+
+def type_checkers_may_read_it() -> None:
+    assert importlib.resources.files(starlette_rt).joinpath("py.typed").is_file()
+
+
+def a_token_is_signed_and_verified() -> None:
+    tokens = TokenSigner(["a-key-for-the-smoke-test-of-32-bytes"])
+    identity = tokens.verify(tokens.sign(Identity("ann", display_name="Ann")))
+    assert identity.identity == "ann"
+
+
+def a_broadcast_without_any_app() -> None:
+    async def main() -> None:
+        async with Realtime() as rt:
+            await rt.broadcast("lobby", {"text": "hello"})
+            assert await rt.count("lobby") == 0
+
+    asyncio.run(main())
+
+
+def main() -> None:
+    every_promised_name_is_there()
+    it_is_the_installed_package_and_nothing_else_came_along()
+    type_checkers_may_read_it()
+    a_token_is_signed_and_verified()
+    a_broadcast_without_any_app()
+    print(f"starlette-rt {importlib.metadata.version('starlette-rt')} is installed and works")
+
+
+if __name__ == "__main__":
+    main()

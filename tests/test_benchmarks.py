@@ -1,0 +1,123 @@
+"""The benchmarks still run: each with tiny numbers, on real servers.
+
+The law of this file: it tests that a benchmark measures, refuses and writes as it says, never how fast anything is;
+a figure from a shared machine is not a test. Socket.IO comes from npm and takes part only where the environment says
+`BENCH_SOCKETIO=1`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RIVALS = ["loop", "socketio"] if os.environ.get("BENCH_SOCKETIO") == "1" else ["loop"]
+
+
+def bench(name: str, *options: str) -> str:
+    """Run one benchmark as its reader would, and return what it printed."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of the table's rows, without its head."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def listener() -> tuple[object, SimpleNamespace]:
+    """A client of the load generator that expects two messages, and its transport."""
+    from tests.benchmarks.load import Client, Tally
+
+    tally = Tally()
+    tally.expect(2)
+    return Client(tally, socketio=False), SimpleNamespace(disconnect=lambda: None)
+
+
+def frame(payload: bytes) -> SimpleNamespace:
+    """A text frame as picows hands it over."""
+    return SimpleNamespace(get_payload_as_bytes=lambda: payload, msg_type=1)
+
+
+def test_fanout_measures_each_contender_in_both_ways_of_speaking() -> None:
+    contenders = [*RIVALS, "generic", "fast"]
+    printed = bench("fanout", "--members", "20", "--rounds", "2", "--messages", "10", "--contenders", *contenders)
+    table = rows(printed)
+    assert len(table) == len(contenders)
+    assert all(float(cell) > 0 for row in table for cell in row[1:])
+    assert "python -m tests.benchmarks.fanout --members 20" in printed
+
+
+def test_an_idle_connection_owns_one_task() -> None:
+    table = rows(bench("idle", "--connections", "50", "--rounds", "1"))
+    assert [row[-1] for row in table] == ["1.00"] * 3
+
+
+def test_a_benchmark_writes_only_between_its_markers_and_only_where_told(tmp_path: Path) -> None:
+    before = PAGE.read_bytes()
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- idle -->\nold\n<!-- /idle -->\nbelow\n")
+    bench("idle", "--connections", "10", "--rounds", "1", "--contenders", "bare", "--write", str(page))
+    text = page.read_text()
+    assert re.match(r"above\n<!-- idle -->\n\n\| an idle connection .*<!-- /idle -->\nbelow\n$", text, re.DOTALL)
+    assert "old" not in text
+    assert "Command: `python -m tests.benchmarks.idle --connections 10 --rounds 1 --contenders bare`" in text
+    assert PAGE.read_bytes() == before
+
+
+def test_a_page_without_the_markers_is_refused_and_left_alone(tmp_path: Path) -> None:
+    from tests.benchmarks.common import publish
+
+    page = tmp_path / "page.md"
+    page.write_text("nothing to replace\n")
+    with pytest.raises(SystemExit, match="has no section"):
+        publish("idle", "tests.benchmarks.idle", "| table |", page)
+    assert page.read_text() == "nothing to replace\n"
+
+
+def test_the_page_has_a_section_for_each_benchmark() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for section in ("fanout", "idle"):
+        assert text.index(f"<!-- {section} -->") < text.index(f"<!-- /{section} -->")
+
+
+def test_an_unknown_contender_is_refused_with_the_known_ones() -> None:
+    from tests.benchmarks.common import chosen
+    from tests.benchmarks.fanout import CONTENDERS
+
+    with pytest.raises(SystemExit, match="unknown contender lopp; there are loop, socketio, generic, fast"):
+        chosen(CONTENDERS, ["lopp"])
+
+
+def test_the_load_generator_is_content_with_messages_in_order() -> None:
+    client, transport = listener()
+    for payload in (b'{"seq":10000000,"pad":"x"}', b'42["message",{"seq":10000001,"pad":"x"}]'):
+        client.on_ws_frame(transport, frame(payload))
+    assert (client.tally.received, client.tally.disorder, client.tally.done.is_set()) == (2, 0, True)
+
+
+@pytest.mark.parametrize("second", [10000000, 10000002, 9999999], ids=["doubled", "one lost", "overtaken"])
+def test_the_load_generator_notices_disorder(second: int) -> None:
+    client, transport = listener()
+    for number in (10000000, second):
+        client.on_ws_frame(transport, frame(b'{"seq":%08d,"pad":"x"}' % number))
+    assert client.tally.disorder == 1
+
+
+def test_rounds_go_there_and_back_again() -> None:
+    from tests.benchmarks.common import interleaved
+
+    assert "".join(interleaved("ABC", 3)) == "ABCCBAABC"
