@@ -27,12 +27,13 @@ demo: $(VENV)/.ready-demo
 test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest -m "unit or system" -rs $(ARGS)
 
+# --verifytypes does not follow an editable install, hence the path.
 lint: $(VENV)/.ready-lint
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python --verifytypes starlette_rt --ignoreexternal
+	PYTHONPATH="$(CURDIR)" $(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python --verifytypes starlette_rt --ignoreexternal
 
 # The theme announces its successor at every build; the variable keeps that out of the log.
 docs: $(VENV)/.ready-docs

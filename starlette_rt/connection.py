@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context, copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -143,8 +142,8 @@ class Connection:
         self.id, self.session, self.ip = id, session, ip
         self.max_message_size = max_message_size
         self._meter = meter
-        self.memberships: set[Group] = set()
-        self.tracked: set[str] | tuple[()] = ()
+        self.memberships: tuple[Group, ...] = ()  # tuples: a set for each idle connection would be 216 bytes more
+        self.tracked: tuple[str, ...] = ()
         self.close_code: int | None = None
         self.accepted = False
         self.denied = False  # the host has answered the handshake with a response of its own
@@ -376,41 +375,34 @@ class Connection:
         """
         self._script = script
         self._context = copy_context()
-        finished = anyio.Event()
         self._start_work()
         try:
-            await self._node.tasks.breakable(self._hold, partial(self._read, receive))
+            with self._node.tasks.breakable() as self._reader:
+                if self._state == CLOSING and not self.accepted:
+                    self._reader.cancel()  # refused before the reader began
+                while (message := await receive())["type"] != "websocket.disconnect":
+                    self._arrived(message)
+                    if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
+                        await self._wait_for_room()
+                self._left(message)
         finally:
             if left is not None:
                 left()
+            finished = anyio.Event()
             self._node.tasks.spawn(self._finish, finished, context=self._context)
         await finished.wait()
-
-    def _hold(self, handle: Handle) -> None:
-        self._reader = handle
-        if self._state == CLOSING and not self.accepted:
-            handle.cancel()  # refused before the reader began
-
-    async def _read(self, receive: Receive) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "websocket.receive":
-                text = message.get("text")
-                self._arrived(message.get("bytes", b"") if text is None else text)
-                if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
-                    await self._wait_for_room()
-            elif message["type"] == "websocket.disconnect":
-                self._left(message)
-                return
 
     def _left(self, message: AsgiMessage) -> None:
         if self.close_code is None:
             self.close_code = message.get("code") or CloseCode.NORMAL
 
-    def _arrived(self, raw: str | bytes) -> None:
+    def _arrived(self, message: AsgiMessage) -> None:
         """Check one message against the sizes and limits, before it is decoded, and queue it for its handler."""
         if self._state >= CLOSING:
             return
+        raw = message.get("text")
+        if raw is None:
+            raw = message.get("bytes", b"")
         size = len(raw)
         self._node.metrics.received(size)
         if size > self.max_message_size:
@@ -520,7 +512,7 @@ class Connection:
                 code = self.close_code if self.close_code is not None else CloseCode.GOING_AWAY
                 await within(PATIENCE, self._guard, self._script.disconnect, code)
                 self._node.metrics.disconnected(code)
-            self.memberships = set()
+            self.memberships = ()
         finally:
             finished.set()
 

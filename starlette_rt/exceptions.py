@@ -15,6 +15,7 @@ decides from the number alone: 4000-4499 come back, 4500-4999 do not.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 
@@ -83,14 +84,14 @@ class EventError(RealtimeError):
     """A refusal that is answered to the client who asked; raise it from any handler.
 
     ``code`` is a short stable word for programs, ``message`` a sentence for people, ``retry_after``
-    the seconds after which trying again makes sense (``None``: it does not). It is not logged.
+    the seconds after which trying again makes sense (``None`` or infinity: it does not). It is not logged.
     """
 
     def __init__(self, code: str, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
-        self.retry_after = retry_after
+        self.retry_after = None if retry_after == math.inf else retry_after
 
     @property
     def temporary(self) -> bool:

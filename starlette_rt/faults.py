@@ -2,18 +2,20 @@
 
 The law of this file: an exception of a handler is never swallowed and never floods a log. Each place in the
 host's code is logged at most once a minute under the logger ``starlette_rt.handler``; the record says how
-many were held back. No payload, no token and no identity is in the record: the traceback names the line.
+many were held back before it. We put no payload, no token and no identity into the record: the traceback
+names the line, and what the exception says is the host's own word.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from types import TracebackType
 
 logger = logging.getLogger("starlette_rt.handler")
 
 PERIOD = 60.0  # seconds between two records of one place
-MAX_PLACES = 256  # places remembered; a program with more has other troubles
+MAX_PLACES = 256  # places remembered, those logged last; a program with more has other troubles
 
 
 class FaultLog:
@@ -25,14 +27,15 @@ class FaultLog:
     def report(self, error: BaseException, handler: str, now: float) -> bool:
         """Log ``error`` of ``handler`` unless its place was logged within a minute; return whether it was."""
         place = place_of(error)
-        last, held = self._places.get(place, (None, 0))
-        if last is not None and now - last < PERIOD:
+        last, held = self._places.get(place, (-math.inf, 0))
+        if now - last < PERIOD:
             self._places[place] = last, held + 1
             return False
+        self._places.pop(place, None)
         if len(self._places) >= MAX_PLACES:
-            self._places.clear()
+            del self._places[next(iter(self._places))]  # the one logged longest ago: the order is that of the records
         self._places[place] = now, 0
-        more = f" ({held} more in the last minute)" if held else ""
+        more = f" ({held} more since its last record)" if held else ""
         logger.error("%s raised %s%s", handler, type(error).__name__, more, exc_info=error)
         return True
 

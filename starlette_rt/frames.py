@@ -7,6 +7,7 @@ one kind of client, `hub.py` brings them to the peers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ Frame = Event | Raw | Error | PresenceState | PresenceDiff | PresenceCount
 def error_frame(error: EventError) -> Error:
     """Return the frame that answers ``error``."""
     after = error.retry_after
-    milliseconds = None if after is None else max(1, int(after * 1000 + 0.999))
+    milliseconds = None if after is None else max(1, math.ceil(after * 1000))
     return Error(error.code, error.message, error.temporary, milliseconds)
 
 
@@ -129,14 +130,17 @@ def plain_data(data: Any) -> Any:
 
 
 def encode(data: Any) -> bytes:
-    """Return ``data`` as JSON; raises `ValueError` for text that no wire can carry (lone surrogates)."""
+    """Return ``data`` as JSON; bytes are said as base64, numbers that are not finite as null.
+
+    Raises `ValueError` for what no wire can carry: lone surrogates, integers beyond Python's 4,300 digits.
+    """
     return _encode(data)
 
 
 def event(name: str, data: Any) -> Event:
-    """Return the frame that says ``data`` to one client; raises as `plain_data` and `check_name` do."""
+    """Return the frame that says ``data`` to one client; raises as `plain_data`, `encode` and `check_name` do."""
     plain = plain_data(data)
-    return Event(check_name(name, "event"), plain, _encode(plain))
+    return Event(check_name(name, "event"), plain, encode(plain))
 
 
 def plain_meta(meta: Any) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def plain_meta(meta: Any) -> dict[str, Any]:
     plain = plain_data({} if meta is None else meta)
     if not isinstance(plain, dict):
         raise TypeError("a presence meta is an object: a dict, a dataclass or a model")
-    if len(_encode(plain)) > MAX_META:
+    if len(encode(plain)) > MAX_META:
         raise ValueError(f"a presence meta has at most {MAX_META} bytes")
     return plain
 

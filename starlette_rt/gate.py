@@ -222,30 +222,33 @@ async def linger(receive: Receive, send: Send) -> None:
 
 def take_over(websocket: WebSocket, connection: Connection, send: Send, protocol: str | None) -> None:
     """Lead everything the host sends through ``connection``, and keep its hands off ``receive``."""
-    websocket._send = diverted(connection, send, protocol)
+    websocket._send = Diversion(connection, send, protocol)
     websocket._receive = forbidden
 
 
-def diverted(connection: Connection, send: Send, protocol: str | None) -> Send:
-    """Return the ``send`` that the host's WebSocket uses."""
+class Diversion:
+    """The ``send`` that the host's WebSocket uses."""
 
-    async def divert(message: Message) -> None:
-        kind = message["type"]
+    __slots__ = ("_connection", "_protocol", "_send")
+
+    def __init__(self, connection: Connection, send: Send, protocol: str | None) -> None:
+        self._connection, self._send, self._protocol = connection, send, protocol
+
+    async def __call__(self, message: Message) -> None:
+        kind, connection = message["type"], self._connection
         if kind == "websocket.send":
             connection.send_raw(message)
         elif kind == "websocket.close":
             connection.begin_close(check_code(message.get("code", 1000)), message.get("reason") or "")
         elif kind == "websocket.accept":
             if message.get("subprotocol") is None:
-                message["subprotocol"] = protocol
-            await opening(connection, send, message)
+                message["subprotocol"] = self._protocol
+            await opening(connection, self._send, message)
         else:
-            await send(message)
+            await self._send(message)
             if kind == "websocket.http.response.body" and not message.get("more_body", False):
                 connection.denied = True
                 connection.abandon()
-
-    return divert
 
 
 async def opening(connection: Connection, send: Send, message: Message) -> None:

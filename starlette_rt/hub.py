@@ -74,7 +74,7 @@ class Peer(Protocol):
 
     session: str
     wire: Wire
-    memberships: set[Group]
+    memberships: tuple[Group, ...]
 
     def offer(self, batch: Batch, /) -> None:
         """Take a batch: hand it on or queue it, never wait and never raise."""
@@ -124,7 +124,7 @@ class Hub:
             return False
         self.settle(group)
         group.members[peer] = None
-        peer.memberships.add(group)
+        peer.memberships = (*peer.memberships, group)
         return True
 
     def leave(self, peer: Peer, name: str) -> bool:
@@ -133,7 +133,7 @@ class Hub:
         if group is None or peer not in group.members:
             return False
         self._remove(peer, group)
-        peer.memberships.discard(group)
+        peer.memberships = tuple(each for each in peer.memberships if each is not group)
         return True
 
     def forget(self, peer: Peer) -> None:

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
+from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
@@ -31,6 +32,15 @@ class Handle(Protocol):
         """Cancel the task at its next (or present) await."""
 
 
+class Breakable(Protocol):
+    """A ``with`` block that its handle can end."""
+
+    def __enter__(self) -> Handle: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None: ...
+
+
 class Tasks(Protocol):
     """The tasks and callbacks of one running `Realtime`."""
 
@@ -43,8 +53,8 @@ class Tasks(Protocol):
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         """Start ``function(*args)`` in a task of ours, in ``context`` if one is given."""
 
-    async def breakable(self, hold: Callable[[Handle], None], function: Callable[[], Awaitable[None]]) -> None:
-        """Await ``function()``; the handle given to ``hold`` ends it early and quietly, and only it."""
+    def breakable(self) -> Breakable:
+        """Return a ``with`` block that its handle ends early and quietly; the task goes on behind it."""
 
     async def close(self, grace: float) -> None:
         """Give the tasks ``grace`` seconds to end, cancel what remains and wait for it."""
@@ -59,18 +69,29 @@ async def guarded(function: AsyncFunction, args: tuple[Any, ...]) -> None:
 
 
 class Break:
-    """Ends what one asyncio task awaits without ending the task; a cancel scope per idle connection would cost 3 kB."""
+    """A block that can be ended without ending its task; a cancel scope for each idle connection would cost 3 kB."""
 
-    __slots__ = ("_task", "fired")
+    __slots__ = ("_fired", "_task")
 
-    def __init__(self, task: asyncio.Task[Any]) -> None:
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         self._task = task
-        self.fired = False
+        self._fired = False
 
     def cancel(self) -> None:
-        if not self.fired:
-            self.fired = True
+        if not self._fired:
+            self._fired = True
             self._task.cancel()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Swallow our own cancellation; one from elsewhere, also at the same moment, goes on."""
+        return isinstance(error, asyncio.CancelledError) and self._fired and not self._task.uncancel()
 
 
 class AsyncioTasks:
@@ -89,16 +110,8 @@ class AsyncioTasks:
             task.add_done_callback(self._tasks.discard)
         return task
 
-    async def breakable(self, hold: Callable[[Handle], None], function: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        handle = Break(task)
-        hold(handle)
-        try:
-            await function()
-        except asyncio.CancelledError:
-            if not handle.fired or task.uncancel():
-                raise
+    def breakable(self) -> Breakable:
+        return Break()
 
     async def close(self, grace: float) -> None:
         mine = asyncio.current_task()
@@ -136,10 +149,8 @@ class TrioTasks:
             self._running.discard(scope)
             self._ended.set()
 
-    async def breakable(self, hold: Callable[[Handle], None], function: Callable[[], Awaitable[None]]) -> None:
-        with anyio.CancelScope() as scope:
-            hold(scope)
-            await function()
+    def breakable(self) -> Breakable:
+        return anyio.CancelScope()
 
     async def close(self, grace: float) -> None:
         if not await within(grace, self._all_ended):

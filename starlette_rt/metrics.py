@@ -48,7 +48,7 @@ class Metrics:
 
 
 class Counters(Metrics):
-    """Counts every fact since the process started."""
+    """Counts every fact since it was made; ``totals`` has a name for each, dotted where it has a code."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()

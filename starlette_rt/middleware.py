@@ -74,13 +74,19 @@ class RealtimeMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await self._websocket(scope, receive, send)
+            refusal = await self._read(scope)
+            if refusal is not None:
+                await receive()
+                return await deny(scope, receive, send, refusal, self._realtime)
+            with suppress(Denied):  # `Realtime.accept` has answered the handshake
+                await self.app(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _read(self, scope: Scope) -> Refusal | None:
+        """Put what can be known into the scope; return a refusal only where all routes are protected."""
         handshake = read(scope, query_token=self._query_token, cookie=self._cookie)
         admission = Admission(
             self._realtime,
@@ -92,13 +98,7 @@ class RealtimeMiddleware:
         )
         scope["starlette_rt"] = admission
         await self._identify(scope, admission)
-        refusal = self._refusal(admission) if self._protect == "all" else None
-        if refusal is not None:
-            await receive()
-            await deny(scope, receive, send, refusal, self._realtime)
-            return
-        with suppress(Denied):  # `Realtime.accept` has answered the handshake
-            await self.app(scope, receive, send)
+        return self._refusal(admission) if self._protect == "all" else None
 
     async def _identify(self, scope: Scope, admission: Admission) -> None:
         """Verify what the handshake carries; put the user into the scope, or the refusal into the admission."""

@@ -41,7 +41,8 @@ class OutboxLimits:
     ``bytes`` and ``messages`` bound one peer's backlog. ``overflow`` says what a full outbox does with a
     message that is not ephemeral: ``disconnect`` the peer (the default), ``drop_oldest`` or
     ``drop_newest``. Ephemeral messages go first in every case, those with a key are kept one per key
-    (the policy ``latest``). ``stall`` is how many seconds a peer may take nothing at all, ``close`` how
+    (the policy ``latest``). A message of more than ``bytes`` fits into no outbox, not even an empty one:
+    it ends the peer under ``disconnect`` and is the one that is dropped otherwise. ``stall`` is how many seconds a peer may take nothing at all, ``close`` how
     many it has to take its backlog when the host closes it. Raises `ConfigurationError` for bounds that
     are not greater than zero.
     """
@@ -79,18 +80,21 @@ class Outbox:
         return len(self._entries)
 
     def push(self, entry: Entry) -> int:
-        """Queue one entry; return how many entries were lost by it, or `OVERFLOW`."""
-        lost = 0
+        """Queue one entry; return how many entries were lost by it, itself included, or `OVERFLOW`.
+
+        After `OVERFLOW` the peer is to be disconnected; what is still queued is of no more use.
+        """
+        lost, overflow = 0, self._limits.overflow
         if entry.key is not None and entry.key in self._keys:
             self._remove(self._keys[entry.key])
             lost = 1
         while not self._fits(entry):
             if self._ephemeral and not entry.ephemeral:
                 self._remove(next(iter(self._ephemeral)))
-            elif entry.ephemeral or self._limits.overflow == "drop_newest":
-                return lost + 1
-            elif self._limits.overflow == "disconnect" or not self._entries:
+            elif not entry.ephemeral and overflow == "disconnect":
                 return OVERFLOW
+            elif entry.ephemeral or overflow == "drop_newest" or entry.size > self._limits.bytes:
+                return lost + 1
             else:
                 self._remove(next(iter(self._entries)))
             lost += 1

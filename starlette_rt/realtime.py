@@ -332,7 +332,7 @@ class Realtime:
     def forget(self, connection: Connection) -> None:
         """End whatever ``connection`` is in; its metas linger for the presence grace."""
         self.hub.forget(connection)
-        self._backend.presence.close(tuple(connection.tracked), connection.user.identity, connection.id)
+        self._backend.presence.close(connection.tracked, connection.user.identity, connection.id)
         connection.tracked = ()
         self.connections.pop(connection.id, None)
         self._expiring.pop(connection, None)
@@ -359,9 +359,8 @@ class Realtime:
         plain = plain_meta(meta)
         if not self._knows(connection):
             return
-        if not connection.tracked:
-            connection.tracked = set()
-        connection.tracked.add(group)  # type: ignore[union-attr]
+        if group not in connection.tracked:
+            connection.tracked = (*connection.tracked, group)
         await self._backend.presence.track(group, connection.user.identity, connection.id, plain)
 
     update = track
@@ -369,7 +368,7 @@ class Realtime:
     async def untrack(self, connection: Connection, group: str) -> None:
         """See `Connection.untrack`."""
         if group in connection.tracked:
-            connection.tracked.discard(group)
+            connection.tracked = tuple(each for each in connection.tracked if each != group)
             await self._backend.presence.untrack(group, connection.user.identity, connection.id)
 
     def _knows(self, connection: Connection) -> bool:

@@ -8,6 +8,7 @@ there an error or a presence frame has no spelling and is not sent.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -58,8 +59,9 @@ class Plain:
     def decode(self, raw: str | bytes, decoder: Decodes | None = None) -> Any:
         """Return what a client said; JSON is decoded (and validated, by a typed ``decoder``) in one pass.
 
-        Raises `EventError`: ``bad_message`` for what is not JSON, ``invalid`` for what is not of the
-        decoder's type, ``unsupported`` for text where bytes are spoken and the other way round.
+        Raises `EventError`: ``bad_message`` for what is not JSON or nested too deep, ``invalid`` for what is
+        not of the decoder's type (a number beyond all bounds is of no type), ``unsupported`` for text where
+        bytes are spoken and the other way round.
         """
         if self.encoding == "json":
             return decode_json(raw, decoder)
@@ -76,13 +78,16 @@ _decode = msgspec.json.Decoder().decode
 
 
 def decode_json(raw: str | bytes, decoder: Decodes | None = None) -> Any:
-    """Decode JSON within the bounds of the wire; raises `EventError` with a sentence for the client."""
-    nested = isinstance(raw, str) and raw.count("[") + raw.count("{") > MAX_DEPTH
-    nested = nested or (isinstance(raw, bytes) and raw.count(b"[") + raw.count(b"{") > MAX_DEPTH)
+    """Decode JSON within the bounds of the wire; raises `EventError` with a sentence for the client.
+
+    Only what has more opening brackets than levels are allowed can be too deep and is looked into.
+    """
+    suspect = brackets(raw) > MAX_DEPTH
     try:
-        if nested and too_deep(_decode(raw)):
+        value = _decode(raw) if suspect or decoder is None else None
+        if suspect and too_deep(value):
             raise EventError("bad_message", f"more than {MAX_DEPTH} levels of nesting")
-        return _decode(raw) if decoder is None else decoder.decode(raw)
+        return value if decoder is None else decoder.decode(raw)
     except msgspec.ValidationError as error:
         raise EventError("invalid", str(error)) from None
     except RecursionError:
@@ -91,20 +96,24 @@ def decode_json(raw: str | bytes, decoder: Decodes | None = None) -> Any:
         raise EventError("bad_message", f"not JSON: {error}") from None
 
 
+def brackets(raw: str | bytes) -> int:
+    """Return how many brackets ``raw`` opens, those in its strings included."""
+    return raw.count("[") + raw.count("{") if isinstance(raw, str) else raw.count(b"[") + raw.count(b"{")
+
+
 def too_deep(value: Any) -> bool:
     """Whether ``value`` has more than `MAX_DEPTH` levels; level by level, so that depth costs no stack."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for node in level for child in children(node)]
+    level = containers([value])
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in containers(node.values() if type(node) is dict else node)]
         if not level:
             return False
     return True
 
 
-def children(node: Any) -> list[Any]:
-    """Return the containers directly inside a container."""
-    inside = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return [child for child in inside if isinstance(child, dict | list)]
+def containers(values: Iterable[Any]) -> list[Any]:
+    """Return those of ``values`` that hold values themselves."""
+    return [value for value in values if type(value) in (dict, list)]
 
 
 def spelled(frame: Error | PresenceState | PresenceDiff | PresenceCount) -> dict[str, Any]:

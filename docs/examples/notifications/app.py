@@ -3,6 +3,7 @@
 What lives here is such an app: `OAuth2PasswordBearer` and `current_user` are what FastAPI's own pages teach, and they
 guard the WebSocket route without a change, because a token that came as a subprotocol is put into the request's
 `Authorization` header. A browser connects with `new WebSocket(url, ["rt.plain", "rt.token." + token])`.
+It needs FastAPI 0.144 or newer: before, FastAPI's security classes did not see WebSockets at all.
 """
 
 from __future__ import annotations
