@@ -118,6 +118,7 @@ class Connection:
         "ip",
         "max_message_size",
         "memberships",
+        "messages",
         "paused_at",
         "session",
         "tracked",
@@ -138,16 +139,21 @@ class Connection:
         meter: Meter | None,
         max_message_size: int,
     ) -> None:
-        self._node, self._seam, self.wire, self.user = node, seam, wire, user
-        self.id, self.session, self.ip = id, session, ip
-        self.max_message_size = max_message_size
+        self._node, self._seam = node, seam
+        self.wire: Wire = wire
+        self.user: Identity = user
+        self.id: str = id
+        self.session: str = session
+        self.ip: str | None = ip
+        self.max_message_size: int = max_message_size
         self._meter = meter
         self.memberships: tuple[Group, ...] = ()  # tuples: a set for each idle connection would be 216 bytes more
         self.tracked: tuple[str, ...] = ()
         self.close_code: int | None = None
-        self.accepted = False
-        self.denied = False  # the host has answered the handshake with a response of its own
+        self.accepted: bool = False
+        self.denied: bool = False  # the host has answered the handshake with a response of its own
         self.paused_at: float | None = None
+        self.messages: Callable[[], AsyncIterator[Any]] | None = None
         self._state = CONNECTING
         self._failures = 0
         self._script: Script | None = None
@@ -554,10 +560,9 @@ class Connection:
     # Reading as an iterator, for `Realtime.accept`.
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        script = self._script
-        if not hasattr(script, "messages"):
+        if self.messages is None:
             raise RuntimeError("this endpoint reads for you; use on_receive")
-        return script.messages()  # type: ignore[union-attr, no-any-return]
+        return self.messages()
 
 
 def check_code(code: int) -> int:

@@ -207,7 +207,7 @@ class Hooks:
         self._endpoint, self._websocket = endpoint, websocket
         self._connection = endpoint.connection
         self._decoder = type(endpoint)._decoder
-        self.refusal = NOT_ACCEPTED
+        self.refusal: Refusal = NOT_ACCEPTED
 
     async def connect(self) -> None:
         """Run ``on_connect``; whatever it does, the handshake has an answer afterwards."""

@@ -7,6 +7,7 @@ start, never a surprise at the first message. It knows no connection and calls n
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -31,16 +32,20 @@ class Decoder:
 
 
 class ModelDecoder:
-    """The same for a Pydantic model."""
+    """The same for a Pydantic model, a list of such, a union with such."""
 
-    def __init__(self, model: Any) -> None:
-        self.type = model
+    def __init__(self, type_: Any) -> None:
+        from pydantic import TypeAdapter, ValidationError
+
+        self.type = type_
+        self._validate = TypeAdapter(type_).validate_json
+        self._invalid = ValidationError
 
     def decode(self, raw: str | bytes) -> Any:
-        """Return the model; raises `EventError` ``invalid`` naming the first field that is wrong."""
+        """Return the value; raises `EventError` ``invalid`` naming the first field that is wrong."""
         try:
-            return self.type.model_validate_json(raw)
-        except ValueError as error:
+            return self._validate(raw)
+        except self._invalid as error:
             raise EventError("invalid", first_complaint(error)) from None
 
 
@@ -54,28 +59,53 @@ def first_complaint(error: Any) -> str:
 def message_decoder(handler: Callable[..., Any], parameter: int) -> Decoder | ModelDecoder | None:
     """Return what decodes the message that ``handler`` takes as its ``parameter``-th, ``None`` if it takes any JSON.
 
-    Raises `ConfigurationError` for a handler that is not ``async``, an annotation that cannot be resolved
-    or one that JSON cannot be decoded into.
+    ``parameter`` counts from 0 with ``self``, and is the last one that the handler is called with. Raises
+    `ConfigurationError` for a handler that is not ``async`` or cannot be called so, for an annotation that
+    cannot be resolved and for one that JSON cannot be decoded into. No other annotation is looked at: they may
+    be imported under ``TYPE_CHECKING``.
     """
     name = f"{handler.__module__}.{handler.__qualname__}"
     if not inspect.iscoroutinefunction(handler):
         raise ConfigurationError(f"{name} is not async; write `async def {handler.__name__}(…)`")
-    parameters = list(inspect.signature(handler).parameters.values())
-    if parameter >= len(parameters) or parameters[parameter].annotation in UNTYPED:
-        return None
-    wanted = parameters[parameter].name
+    signature = inspect.signature(handler)
     try:
-        annotation = typing.get_type_hints(handler, include_extras=True)[wanted]
-    except Exception as error:
-        raise ConfigurationError(f"{name}: the annotation of `{wanted}` cannot be resolved: {error}") from error
+        signature.bind(*range(parameter + 1))
+    except TypeError as error:
+        raise ConfigurationError(f"{name} is called with {parameter + 1} arguments, self included: {error}") from error
+    parameters = list(signature.parameters.values())
+    wanted = parameters[min(parameter, len(parameters) - 1)]  # the last one may be `*arguments`
+    annotation = resolved(wanted, handler, name)
     return None if annotation in UNTYPED else decoder_for(annotation, name)
+
+
+def resolved(parameter: inspect.Parameter, handler: Callable[..., Any], name: str) -> Any:
+    """Return the annotation of one parameter, read from its text where it is one."""
+    alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    names = getattr(inspect.unwrap(handler), "__globals__", {})
+    try:
+        return typing.get_type_hints(alone, names, include_extras=True)[parameter.name]
+    except Exception as error:
+        place = f"{name}: the annotation of `{parameter.name}`"
+        raise ConfigurationError(f"{place} cannot be resolved: {error}") from error
 
 
 def decoder_for(annotation: Any, name: str) -> Decoder | ModelDecoder:
     """Return the decoder of one type."""
-    if hasattr(annotation, "model_validate_json"):
-        return ModelDecoder(annotation)
     try:
+        if is_model(annotation):
+            return ModelDecoder(annotation)
+        msgspec.json.schema(annotation, schema_hook=foreign)  # a decoder alone would complain at the first message
         return Decoder(annotation)
-    except TypeError as error:
+    except Exception as error:
         raise ConfigurationError(f"{name}: JSON cannot be decoded into {annotation!r}: {error}") from error
+
+
+def is_model(annotation: Any) -> bool:
+    """Whether a Pydantic model is part of the annotation itself."""
+    return hasattr(annotation, "model_validate_json") or any(map(is_model, typing.get_args(annotation)))
+
+
+def foreign(type_: type) -> typing.NoReturn:
+    """Refuse a class that msgspec knows nothing of."""
+    words = "a Pydantic model inside something else" if is_model(type_) else "no dataclass, TypedDict, Struct or model"
+    raise TypeError(f"{type_.__qualname__} is {words}")

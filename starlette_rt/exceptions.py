@@ -77,7 +77,7 @@ class TokenError(RealtimeError, ValueError):
 
     def __init__(self, message: str, *, expired: bool = False) -> None:
         super().__init__(message)
-        self.expired = expired
+        self.expired: bool = expired
 
 
 class EventError(RealtimeError):
@@ -89,9 +89,9 @@ class EventError(RealtimeError):
 
     def __init__(self, code: str, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(code, message)
-        self.code = code
-        self.message = message
-        self.retry_after = None if retry_after == math.inf else retry_after
+        self.code: str = code
+        self.message: str = message
+        self.retry_after: float | None = None if retry_after == math.inf else retry_after
 
     @property
     def temporary(self) -> bool:

@@ -12,7 +12,7 @@ import logging
 import math
 from types import TracebackType
 
-logger = logging.getLogger("starlette_rt.handler")
+logger: logging.Logger = logging.getLogger("starlette_rt.handler")
 
 PERIOD = 60.0  # seconds between two records of one place
 MAX_PLACES = 256  # places remembered, those logged last; a program with more has other troubles

@@ -33,7 +33,7 @@ from .seams import Carrier, seam_for
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
-logger = logging.getLogger("starlette_rt")
+logger: logging.Logger = logging.getLogger("starlette_rt")
 
 Reject = Literal["auto", "http", "close"]
 
@@ -332,8 +332,10 @@ class Acceptance:
             await self._accept()
         else:
             outcome.opened()
-        self._host.tasks.spawn(self._serve, receive)
         self._scope.__enter__()
+        script = Pull(outcome, self._scope)
+        outcome.messages = script.messages
+        self._host.tasks.spawn(self._serve, receive, script)
         return outcome
 
     async def _accept(self) -> None:
@@ -344,9 +346,8 @@ class Acceptance:
             release(self._websocket.scope, self._connection)
             raise Denied("the peer left before it was accepted") from None
 
-    async def _serve(self, receive: Receive) -> None:
+    async def _serve(self, receive: Receive, script: Pull) -> None:
         try:
-            script = Pull(self._connection, self._scope)
             await self._connection.serve(receive, script, script.left)
         finally:
             release(self._websocket.scope, self._connection)

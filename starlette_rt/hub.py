@@ -30,8 +30,8 @@ class Wire:
     __slots__ = ("carrier", "protocol")
 
     def __init__(self, protocol: Plain, carrier: Carrier) -> None:
-        self.protocol = protocol
-        self.carrier = carrier
+        self.protocol: Plain = protocol
+        self.carrier: Carrier = carrier
 
 
 class Message:
@@ -40,10 +40,10 @@ class Message:
     __slots__ = ("_entries", "ephemeral", "frame", "key", "size")
 
     def __init__(self, frame: Frame, size: int = 0, *, ephemeral: bool = False, key: str | None = None) -> None:
-        self.frame = frame
-        self.size = size
-        self.ephemeral = ephemeral
-        self.key = key
+        self.frame: Frame = frame
+        self.size: int = size
+        self.ephemeral: bool = ephemeral
+        self.key: str | None = key
         self._entries: dict[Wire, Entry | None] = {}
 
     def entry(self, wire: Wire) -> Entry | None:
@@ -65,8 +65,8 @@ class Batch:
     __slots__ = ("entries", "payload")
 
     def __init__(self, entries: list[Entry], carrier: Carrier) -> None:
-        self.entries = entries
-        self.payload = carrier.join([entry.payload for entry in entries])
+        self.entries: list[Entry] = entries
+        self.payload: Any = carrier.join([entry.payload for entry in entries])
 
 
 class Peer(Protocol):
@@ -86,7 +86,7 @@ class Group:
     __slots__ = ("members", "name")
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name: str = name
         self.members: dict[Peer, None] = {}
 
 

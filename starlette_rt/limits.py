@@ -121,8 +121,8 @@ class Buckets:
 
     def __init__(self, max_keys: int = 100_000) -> None:
         _positive("max_keys", max_keys)
-        self.max_keys = max_keys
-        self.evicted = 0
+        self.max_keys: int = max_keys
+        self.evicted: int = 0
         self._tats: dict[str, Tats] = {}
         self._hand: deque[str] = deque()  # every key once, the one looked at longest ago first
 

@@ -3,7 +3,8 @@
 The law of this file: no other file starts a task or schedules a callback by itself. `Tasks` belongs to one
 running `Realtime`; every task of the package lives in it and is gone when it has closed. On asyncio it uses
 the loop's own calls (eager tasks from Python 3.12: a task that need not wait costs no turn of the loop), on
-trio system tasks and the trio token. Tasks given to it must not raise; what does is logged, never lost.
+trio system tasks and the trio token. Tasks given to it must not raise; what does is logged, never lost. No
+wait here is without a deadline: a task that not even cancelling ends is left behind, and counted in the log.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextvars import Context, copy_context
 from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
 
-logger = logging.getLogger("starlette_rt")
+logger: logging.Logger = logging.getLogger("starlette_rt")
 
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+UNWILLING = 5.0  # seconds that a cancelled task has to end
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
 
@@ -51,13 +54,24 @@ class Tasks(Protocol):
         """The loop's monotonic clock in seconds."""
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
-        """Start ``function(*args)`` in a task of ours, in ``context`` if one is given."""
+        """Start ``function(*args)`` in a task of ours, in ``context`` if one is given.
+
+        On asyncio from Python 3.12 it runs at once up to its first wait, so ``context`` must not be the
+        one that the caller runs in.
+        """
 
     def breakable(self) -> Breakable:
-        """Return a ``with`` block that its handle ends early and quietly; the task goes on behind it."""
+        """Return a ``with`` block that its handle ends early and quietly; the task goes on behind it.
+
+        Once the block is left the handle does nothing. A cancellation of the task by anybody else is raised,
+        also where both come at the same moment.
+        """
 
     async def close(self, grace: float) -> None:
-        """Give the tasks ``grace`` seconds to end, cancel what remains and wait for it."""
+        """Give the tasks ``grace`` seconds to end, cancel what remains, and wait up to `UNWILLING` seconds for it.
+
+        The task that calls it is not waited for. Nothing may be spawned once it has returned.
+        """
 
 
 async def guarded(function: AsyncFunction, args: tuple[Any, ...]) -> None:
@@ -69,19 +83,28 @@ async def guarded(function: AsyncFunction, args: tuple[Any, ...]) -> None:
 
 
 class Break:
-    """A block that can be ended without ending its task; a cancel scope for each idle connection would cost 3 kB."""
+    """A block that can be ended without ending its task; a cancel scope for each idle connection would cost 3 kB.
 
-    __slots__ = ("_fired", "_task")
+    The cancellation waits for the end of the turn: then the task is suspended, in the block or behind it, and
+    none is left over that would hit what comes after. The counting is that of `asyncio.timeout`: ours is taken
+    back, and if there are then no more than before the block, it was the only one.
+    """
+
+    __slots__ = ("_before", "_spent", "_task")
 
     def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._fired = False
+        self._before = task.cancelling()
+        self._spent = False
 
     def cancel(self) -> None:
-        if not self._fired:
-            self._fired = True
+        self._task.get_loop().call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self._spent:
+            self._spent = True
             self._task.cancel()
 
     def __enter__(self) -> Handle:
@@ -91,7 +114,9 @@ class Break:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Swallow our own cancellation; one from elsewhere, also at the same moment, goes on."""
-        return isinstance(error, asyncio.CancelledError) and self._fired and not self._task.uncancel()
+        fired, self._spent = self._spent, True
+        alone = fired and self._task.uncancel() <= self._before
+        return alone and isinstance(error, asyncio.CancelledError)
 
 
 class AsyncioTasks:
@@ -114,13 +139,14 @@ class AsyncioTasks:
         return Break()
 
     async def close(self, grace: float) -> None:
-        mine = asyncio.current_task()
-        if pending := self._tasks - {mine}:
-            await asyncio.wait(pending, timeout=grace)
-        if pending := self._tasks - {mine}:
-            for task in pending:
-                task.cancel()
-            await asyncio.wait(pending)
+        await wind_down(self._others, self._others_ended, grace)
+
+    def _others(self) -> set[asyncio.Task[Any]]:
+        return self._tasks - {asyncio.current_task()}
+
+    async def _others_ended(self) -> None:
+        while others := self._others():
+            await asyncio.wait(others)
 
 
 class TrioTasks:
@@ -130,15 +156,16 @@ class TrioTasks:
         import trio
 
         self._spawn = trio.lowlevel.spawn_system_task
-        self._running: set[anyio.CancelScope] = set()
+        self._current = trio.lowlevel.current_task
+        self._running: dict[object, anyio.CancelScope] = {}
         self._ended = anyio.Event()
         self.schedule = trio.lowlevel.current_trio_token().run_sync_soon
         self.time = trio.current_time
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         scope = anyio.CancelScope()
-        self._running.add(scope)
-        self._spawn(self._run, scope, function, args, context=context or copy_context())
+        context = copy_context() if context is None else context
+        self._running[self._spawn(self._run, scope, function, args, context=context)] = scope
         return scope
 
     async def _run(self, scope: anyio.CancelScope, function: AsyncFunction, args: tuple[Any, ...]) -> None:
@@ -146,21 +173,22 @@ class TrioTasks:
             with scope:
                 await guarded(function, args)
         finally:
-            self._running.discard(scope)
+            del self._running[self._current()]
             self._ended.set()
+            self._ended = anyio.Event()
 
     def breakable(self) -> Breakable:
         return anyio.CancelScope()
 
     async def close(self, grace: float) -> None:
-        if not await within(grace, self._all_ended):
-            for scope in self._running:
-                scope.cancel()
-            await within(grace, self._all_ended)
+        await wind_down(self._others, self._others_ended, grace)
 
-    async def _all_ended(self) -> None:
-        while self._running:
-            self._ended = anyio.Event()
+    def _others(self) -> list[anyio.CancelScope]:
+        mine = self._current()
+        return [scope for task, scope in self._running.items() if task is not mine]
+
+    async def _others_ended(self) -> None:
+        while self._others():
             await self._ended.wait()
 
 
@@ -170,6 +198,18 @@ def tasks() -> Tasks:
         return AsyncioTasks()
     except RuntimeError:  # no asyncio loop runs here
         return TrioTasks()
+
+
+async def wind_down(
+    others: Callable[[], Collection[Handle]], others_ended: Callable[[], Awaitable[None]], grace: float
+) -> None:
+    """Wait for the tasks of an owner as `Tasks.close` promises."""
+    if await within(grace, others_ended):
+        return
+    for handle in others():
+        handle.cancel()
+    if not await within(UNWILLING, others_ended):
+        logger.error("%d tasks of starlette_rt did not end when they were cancelled", len(others()))
 
 
 async def within(deadline: float, function: Callable[..., Awaitable[object]], *args: Any) -> bool:

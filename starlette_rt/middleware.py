@@ -61,7 +61,7 @@ class RealtimeMiddleware:
         cookie: str = "rt_token",
     ) -> None:
         check_settings(realtime, tokens, protect, reject)
-        self.app = app
+        self.app: ASGIApp = app
         self._realtime = realtime
         self._tokens = tokens
         self._origins = parse_origins(origins)

@@ -28,10 +28,10 @@ class Entry:
     __slots__ = ("ephemeral", "key", "payload", "size")
 
     def __init__(self, payload: Any, size: int, ephemeral: bool = False, key: str | None = None) -> None:
-        self.payload = payload
-        self.size = size
-        self.ephemeral = ephemeral
-        self.key = key
+        self.payload: Any = payload
+        self.size: int = size
+        self.ephemeral: bool = ephemeral
+        self.key: str | None = key
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class OutboxLimits:
     ``bytes`` and ``messages`` bound one peer's backlog. ``overflow`` says what a full outbox does with a
     message that is not ephemeral: ``disconnect`` the peer (the default), ``drop_oldest`` or
     ``drop_newest``. Ephemeral messages go first in every case, those with a key are kept one per key
-    (the policy ``latest``). A message of more than ``bytes`` fits into no outbox, not even an empty one:
-    it ends the peer under ``disconnect`` and is the one that is dropped otherwise. ``stall`` is how many seconds a peer may take nothing at all, ``close`` how
-    many it has to take its backlog when the host closes it. Raises `ConfigurationError` for bounds that
-    are not greater than zero.
+    (the policy ``latest``). A message of more than ``bytes`` has no room even in an empty outbox: it ends
+    the peer under ``disconnect`` and is itself dropped otherwise. ``stall`` is how many seconds a peer may
+    take nothing at all, ``close`` how many it has to take its backlog when the host closes it. Raises
+    `ConfigurationError` for bounds that are not greater than zero.
     """
 
     bytes: int = 1024 * 1024
@@ -74,7 +74,7 @@ class Outbox:
         self._ephemeral: OrderedDict[int, None] = OrderedDict()  # the numbers of the ephemeral ones
         self._keys: dict[str, int] = {}
         self._next = 0
-        self.size = 0
+        self.size: int = 0
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from .identity import Identity
 
-logger = logging.getLogger("starlette_rt")
+logger: logging.Logger = logging.getLogger("starlette_rt")
 
 SWEEP = 0.5  # seconds between two looks at deadlines, stalls, expiries and graces
 
@@ -68,13 +68,13 @@ class Realtime:
     ) -> None:
         if presence_grace < 0:
             raise ConfigurationError("presence_grace is a number of seconds, 0 or more")
-        self.outbox = outbox
-        self.metrics = metrics if metrics is not None else Counters()
-        self.faults = FaultLog()
-        self.buckets = Buckets()
+        self.outbox: OutboxLimits = outbox
+        self.metrics: Metrics = metrics if metrics is not None else Counters()
+        self.faults: FaultLog = FaultLog()
+        self.buckets: Buckets = Buckets()
         self.connections: dict[str, Connection] = {}
         self.watched: dict[Connection, None] = {}
-        self.draining = False
+        self.draining: bool = False
         self._url = url
         self._backend = backend or from_url(url, grace=presence_grace, now=self._now)
         self._entered = 0

@@ -29,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from .seams import Carrier, Listener
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
 

@@ -109,7 +109,7 @@ class MemoryLimits:
     """Budgets of this process."""
 
     def __init__(self, now: Clock) -> None:
-        self.buckets = Buckets()
+        self.buckets: Buckets = Buckets()
         self._now = now
 
     async def hit(self, key: str, limit: RateLimit, amount: int = 1) -> float:

@@ -35,7 +35,7 @@ class Plain:
         if encoding not in ("json", "text", "bytes", None):
             raise ConfigurationError(f'encoding = {encoding!r} is unknown; write "json", "text", "bytes" or None')
         self.encoding = encoding
-        self.answers = encoding == "json"  # whether an error can be said to this client
+        self.answers: bool = encoding == "json"  # whether an error can be said to this client
 
     def encode(self, frame: Frame) -> str | bytes | None:
         """Return the frame's text or bytes; ``None`` where it has no spelling."""

@@ -34,7 +34,11 @@ class Refused(Exception):
 
     def __init__(self, path: str, status: int, headers: Headers, body: bytes, code: int | None) -> None:
         super().__init__(path, status, headers, body, code)
-        self.path, self.status, self.headers, self.body, self.code = path, status, headers, body, code
+        self.path: str = path
+        self.status: int = status
+        self.headers: Headers = headers
+        self.body: bytes = body
+        self.code: int | None = code
 
     def json(self) -> Any:
         """The body, read as JSON."""
@@ -53,7 +57,9 @@ class Closed(Exception):
 
     def __init__(self, path: str, code: int, reason: str) -> None:
         super().__init__(path, code, reason)
-        self.path, self.code, self.reason = path, code, reason
+        self.path: str = path
+        self.code: int = code
+        self.reason: str = reason
 
     def __str__(self) -> str:
         return f"{self.path} is closed: {self.code} {self.reason}".rstrip()
@@ -68,8 +74,8 @@ class Client:
     """
 
     def __init__(self, socket: Socket, path: str, timeout: float) -> None:
-        self.subprotocol = socket.subprotocol
-        self.headers = Headers(raw=socket.headers)
+        self.subprotocol: str | None = socket.subprotocol
+        self.headers: Headers = Headers(raw=socket.headers)
         self._socket = socket
         self._path = path
         self._timeout = timeout

@@ -87,9 +87,9 @@ class Call(ABC):
     """One call of an app: its scope, its two channels, and how it ended."""
 
     def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        self.bell = Bell()
-        self.ended = False
+        self.scope: Scope = scope
+        self.bell: Bell = Bell()
+        self.ended: bool = False
         self.error: Exception | None = None
 
     @abstractmethod
@@ -177,16 +177,16 @@ class Socket(Call):
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
         self.phase: Phase = "connecting"
-        self.stalled = False
-        self.news = Bell()
-        self.inbound = Buffer()
-        self.outbound = Buffer()
+        self.stalled: bool = False
+        self.news: Bell = Bell()
+        self.inbound: Buffer = Buffer()
+        self.outbound: Buffer = Buffer()
         self.subprotocol: str | None = None
         self.headers: list[tuple[bytes, bytes]] = []
         self.status: int | None = None
-        self.body = b""
+        self.body: bytes = b""
         self.code: int | None = None
-        self.reason = ""
+        self.reason: str = ""
         self._introduced = False
         self._disconnect: Message | None = None
         self._told = False
