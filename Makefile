@@ -33,7 +33,7 @@ lint: $(VENV)/.ready-lint
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
-	PYTHONPATH="$(CURDIR)" $(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python --verifytypes starlette_rt --ignoreexternal
+	PYTHONPATH="$(CURDIR)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pyright --verifytypes starlette_rt --ignoreexternal
 
 # The theme announces its successor at every build; the variable keeps that out of the log.
 docs: $(VENV)/.ready-docs

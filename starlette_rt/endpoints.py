@@ -27,7 +27,8 @@ is ours. It diverges from Starlette's `dispatch` on purpose, each number with a 
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
+from types import CoroutineType
 from typing import Any, ClassVar
 
 from starlette.endpoints import WebSocketEndpoint
@@ -109,7 +110,7 @@ class RealtimeEndpoint(WebSocketEndpoint):
         vars(endpoint).update(attributes)
         await endpoint._run(identity, connected=websocket.client_state is not WebSocketState.CONNECTING)
 
-    def dispatch(self) -> Coroutine[Any, Any, None]:
+    def dispatch(self) -> CoroutineType[Any, Any, None]:
         """Live; called by Starlette. Not a coroutine of its own: each frame counts for an idle connection."""
         return self._run(None)
 

@@ -52,6 +52,7 @@ class Tasks(Protocol):
 
     def time(self) -> float:
         """The loop's monotonic clock in seconds."""
+        ...
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         """Start ``function(*args)`` in a task of ours, in ``context`` if one is given.
@@ -59,6 +60,7 @@ class Tasks(Protocol):
         On asyncio from Python 3.12 it runs at once up to its first wait, so ``context`` must not be the
         one that the caller runs in.
         """
+        ...
 
     def breakable(self) -> Breakable:
         """Return a ``with`` block that its handle ends early and quietly; the task goes on behind it.
@@ -66,6 +68,7 @@ class Tasks(Protocol):
         Once the block is left the handle does nothing. A cancellation of the task by anybody else is raised,
         also where both come at the same moment.
         """
+        ...
 
     async def close(self, grace: float) -> None:
         """Give the tasks ``grace`` seconds to end, cancel what remains, and wait up to `UNWILLING` seconds for it.
@@ -125,8 +128,8 @@ class AsyncioTasks:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.schedule = self._loop.call_soon
-        self.time = self._loop.time
+        self.schedule: Callable[[Callable[[], object]], object] = self._loop.call_soon
+        self.time: Callable[[], float] = self._loop.time
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         task: asyncio.Task[None] = asyncio.Task(guarded(function, args), loop=self._loop, context=context, **_EAGER)
@@ -159,8 +162,8 @@ class TrioTasks:
         self._current = trio.lowlevel.current_task
         self._running: dict[object, anyio.CancelScope] = {}
         self._ended = anyio.Event()
-        self.schedule = trio.lowlevel.current_trio_token().run_sync_soon
-        self.time = trio.current_time
+        self.schedule: Callable[[Callable[[], object]], object] = trio.lowlevel.current_trio_token().run_sync_soon
+        self.time: Callable[[], float] = trio.current_time
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         scope = anyio.CancelScope()

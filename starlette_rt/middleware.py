@@ -67,7 +67,7 @@ class RealtimeMiddleware:
         self._origins = parse_origins(origins)
         self._counter = None if connections is None else ConnectionCounter(connections)
         self._protect = protect
-        self._reject = reject
+        self._reject: Reject = reject
         self._query_token = query_token
         self._cookie = cookie
         redact_logs()
@@ -178,7 +178,7 @@ class RealtimeMiddleware:
             await send(message)
 
 
-def check_settings(realtime: Any, tokens: Any, protect: str, reject: str) -> None:
+def check_settings(realtime: Any, tokens: Any, protect: Any, reject: Any) -> None:
     """Fail at start, with a sentence that says what to write, where something cannot work."""
     if not isinstance(realtime, Realtime):
         raise ConfigurationError("write Middleware(RealtimeMiddleware, realtime=rt) with rt = Realtime()")

@@ -84,19 +84,22 @@ class Outbox:
 
         After `OVERFLOW` the peer is to be disconnected; what is still queued is of no more use.
         """
-        lost, overflow = 0, self._limits.overflow
+        lost, policy = 0, self._limits.overflow
+        possible = entry.size <= self._limits.bytes
         if entry.key is not None and entry.key in self._keys:
             self._remove(self._keys[entry.key])
             lost = 1
         while not self._fits(entry):
-            if self._ephemeral and not entry.ephemeral:
-                self._remove(next(iter(self._ephemeral)))
-            elif not entry.ephemeral and overflow == "disconnect":
-                return OVERFLOW
-            elif entry.ephemeral or overflow == "drop_newest" or entry.size > self._limits.bytes:
+            if entry.ephemeral:
                 return lost + 1
-            else:
+            if possible and self._ephemeral:
+                self._remove(next(iter(self._ephemeral)))
+            elif policy == "disconnect":
+                return OVERFLOW
+            elif possible and policy == "drop_oldest":
                 self._remove(next(iter(self._entries)))
+            else:
+                return lost + 1
             lost += 1
         self._append(entry)
         return lost

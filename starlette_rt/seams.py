@@ -53,6 +53,7 @@ class Seam(Protocol):
 
     def write(self, payload: Any) -> bool:
         """Hand over a joined payload; false, and nothing is taken, while not open, paused or closing."""
+        ...
 
     def close(self, code: int, reason: str) -> None:
         """Send the Close frame; nothing can be written after it. A second call does nothing."""

@@ -21,10 +21,10 @@ try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
     from websockets.frames import Frame
     from websockets.protocol import State
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f'starlette_rt.uvicorn needs a recent uvicorn and websockets: pip install "uvicorn[standard]" ({error})'
-    ) from error
+        f'starlette_rt.uvicorn needs a recent uvicorn and websockets: pip install "uvicorn[standard]" ({_error})'
+    ) from _error
 
 if TYPE_CHECKING:
     from .seams import Carrier, Listener
@@ -199,7 +199,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         """Close with 1007 what is no UTF-8, where uvicorn logs a traceback; nothing if it is closing anyway."""
         if self.curr_msg_data_type == "bytes" or _is_text(self.frames):
             return super().send_receive_event_to_app()
-        self.frames = []
+        self.frames: list[bytes] = []
         if self.conn.state is State.OPEN:
             self.conn.send_close(1007)
             self.handle_parser_exception()
@@ -235,7 +235,8 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     def _drop_handshake(self) -> None:
         """The peer spoke before it was accepted, and wrongly: there is no WebSocket to close, only a socket."""
         self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
-        self.handshake_complete = self.disconnected = True
+        self.handshake_complete = True
+        self.disconnected: bool = True
         self.transport.close()
 
     def _await_echo(self) -> None:
@@ -243,7 +244,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(self.close_timeout, self.transport.abort)
+        self.close_timer: TimerHandle | None = self.loop.call_later(self.close_timeout, self.transport.abort)
 
     def _end_within(self, seconds: float) -> None:
         """Bound the end of an attached connection: ``transport.close()`` alone waits forever for a peer to read."""

@@ -175,7 +175,7 @@ class Small(RealtimeEndpoint):
 async def pull(websocket: WebSocket) -> None:
     """The function style."""
     connection: Connection
-    async with rt.accept(websocket) as connection:
+    async with rt.accept(websocket, anonymous=True) as connection:
         await connection.join("pull")
         try:
             async for data in connection:

@@ -103,7 +103,8 @@ def hello(server: Server, path: str = "/ws", headers: dict[str, str] | None = No
         "Sec-WebSocket-Version": "13",
         **(headers or {}),
     }
-    return f"GET {path} HTTP/1.1\r\n{''.join(f'{name}: {value}\r\n' for name, value in lines.items())}\r\n".encode()
+    said = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in lines.items()), "", ""]
+    return "\r\n".join(said).encode()
 
 
 class Raw:

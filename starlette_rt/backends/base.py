@@ -53,6 +53,7 @@ class Broker(Protocol):
 
     async def publish(self, publication: Publication) -> Published:
         """Deliver here and everywhere. Raises `Unavailable` if it was accepted nowhere."""
+        ...
 
     async def stop(self) -> None:
         """End; nothing is delivered after it."""
@@ -78,9 +79,11 @@ class PresenceStore(Protocol):
 
     def take(self, group: str, *, watched: bool) -> Diff | None:
         """What has changed since the last call; a group that is empty and not ``watched`` is forgotten with it."""
+        ...
 
     def known(self, group: str) -> State:
         """The members as those know them who have applied every diff taken so far."""
+        ...
 
     async def members(self, group: str) -> dict[str, Member]: ...
     async def count(self, group: str, connections: bool = False) -> int: ...
@@ -91,6 +94,7 @@ class LimitStore(Protocol):
 
     async def hit(self, key: str, limit: RateLimit, amount: int = 1) -> float:
         """Take ``amount`` and return 0.0, or take nothing and return the seconds to wait."""
+        ...
 
 
 class Ledger(Protocol):
@@ -98,12 +102,14 @@ class Ledger(Protocol):
 
     async def claim(self, key: str, ttl: float) -> bool:
         """Take ``key`` for ``ttl`` seconds; false if somebody has it."""
+        ...
 
     async def revoke(self, rule: str, until: float) -> None:
         """Refuse tokens under ``rule`` (``user:…`` or ``token:…``) until this wall-clock time."""
 
     async def revoked(self, rules: Sequence[str]) -> bool:
         """Whether one of ``rules`` is revoked now."""
+        ...
 
 
 class Backend(NamedTuple):

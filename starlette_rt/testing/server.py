@@ -344,7 +344,8 @@ class Span(Call):
             case "running", "lifespan.shutdown.complete":
                 self.phase = "stopped"
             case ("starting", "lifespan.startup.failed" as kind) | ("running", "lifespan.shutdown.failed" as kind):
-                self.phase, self.error = "failed", RuntimeError(message.get("message") or f"the app sent {kind}")
+                self.phase = "failed"
+                self.error: Exception | None = RuntimeError(message.get("message") or f"the app sent {kind}")
             case _:
                 raise RuntimeError(f"the app sent {message['type']!r} while its lifespan was {self.phase}")
         self.bell.ring()
