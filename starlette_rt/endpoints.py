@@ -28,7 +28,6 @@ is ours. It diverges from Starlette's `dispatch` on purpose, each number with a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import CoroutineType
 from typing import Any, ClassVar
 
 from starlette.endpoints import WebSocketEndpoint
@@ -48,6 +47,7 @@ from .gate import (
     Terms,
     admission_of,
     admit,
+    behind_accept,
     deny,
     linger,
     meter_of,
@@ -81,7 +81,6 @@ class RealtimeEndpoint(WebSocketEndpoint):
 
     _terms: ClassVar[Terms]
     _decoder: ClassVar[Decoder | ModelDecoder | None]
-    _given: ClassVar[Identity | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -106,21 +105,24 @@ class RealtimeEndpoint(WebSocketEndpoint):
         ``identity`` is who the host's dependencies say it is; ``attributes`` are set on the endpoint, for
         its hooks. Returns when the connection has ended.
         """
-        endpoint = cls(websocket.scope, websocket._receive, websocket._send)
+        accepted = websocket.application_state is not WebSocketState.CONNECTING
+        send = behind_accept(websocket._send) if accepted else websocket._send
+        endpoint = cls(websocket.scope, websocket._receive, send)
         vars(endpoint).update(attributes)
-        await endpoint._run(identity, connected=websocket.client_state is not WebSocketState.CONNECTING)
+        connected = websocket.client_state is not WebSocketState.CONNECTING
+        await endpoint._run(identity, connected=connected, accepted=accepted)
 
-    def dispatch(self) -> CoroutineType[Any, Any, None]:
+    def dispatch(self) -> Any:
         """Live; called by Starlette. Not a coroutine of its own: each frame counts for an idle connection."""
         return self._run(None)
 
-    async def _run(self, identity: Identity | None, connected: bool = False) -> None:
+    async def _run(self, identity: Identity | None, connected: bool = False, accepted: bool = False) -> None:
         if not connected:
             await self.receive()
         scope, realtime = self.scope, self._realtime()
-        outcome = admit(realtime, scope, self.send, self._terms, identity)
+        outcome = await admit(realtime, scope, self.send, self._terms, identity)
         if isinstance(outcome, Refusal):
-            return await deny(scope, self.receive, self.send, outcome, realtime)
+            return await deny(scope, self.receive, self.send, outcome, realtime, accepted=accepted)
         self.connection = outcome
         hooks = Hooks(self, self._websocket(outcome))
         try:
@@ -130,7 +132,8 @@ class RealtimeEndpoint(WebSocketEndpoint):
         if outcome.denied:
             await linger(self.receive, self.send)
         elif not outcome.accepted:
-            await deny(scope, self.receive, self.send, hooks.refusal, realtime, outcome.close_code)
+            code = outcome.close_code
+            await deny(scope, self.receive, self.send, hooks.refusal, realtime, code=code, accepted=accepted)
 
     def _realtime(self) -> Realtime | None:
         found: Realtime | None = self.realtime or admission_of(self.scope, None).realtime
@@ -219,7 +222,7 @@ class Hooks:
             pass  # the peer has left
         except Exception as error:
             self._failed(error)
-        if not connection.accepted and not connection.denied:
+        if not connection.accepted and connection.close_code is None:
             connection.abandon()
 
     def _failed(self, error: Exception) -> None:
@@ -230,6 +233,7 @@ class Hooks:
             refusal = FAILED
         if not connection.accepted:
             self.refusal = refusal
+            connection.begin_close(error.code if isinstance(error, WebSocketException) else refusal.close_code)
         elif isinstance(error, WebSocketException):
             connection.begin_close(error.code, error.reason)
         elif isinstance(error, EventError | HTTPException):

@@ -124,6 +124,8 @@ class Feed:
         cached = self._states.get(group)
         if cached is None or cached[0] != state.version:
             page, after = state.page(limit=PAGE)
+            if after is not None:
+                self._large.add(group)  # who has one page only cannot follow diffs
             members = {member.key: member.metas for member in page}
             cached = state.version, Message(PresenceState(group, state.version, members, after))
             if MEMBERS + group in self._hub.groups:

@@ -99,11 +99,11 @@ def check_name(name: object, what: str = "group") -> str:
     which came from a client is answered and not logged.
     """
     if not isinstance(name, str):
-        raise EventError("bad_name", f"a {what} name is a string")
+        raise EventError("bad_name", f"{what} names are strings")
     if not 0 < len(name) <= MAX_NAME:
-        raise EventError("bad_name", f"a {what} name has 1 to {MAX_NAME} characters")
+        raise EventError("bad_name", f"{what} names have 1 to {MAX_NAME} characters")
     if not name.isprintable():
-        raise EventError("bad_name", f"a {what} name has printable characters only")
+        raise EventError("bad_name", f"{what} names have printable characters only")
     return name
 
 

@@ -21,11 +21,11 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from .admission import Admission, Refusal, check_origin, choose_protocol, read
-from .connection import CONNECTING, Connection, check_code
+from .connection import CONNECTING, Connection, check_code, sendable
 from .exceptions import CloseCode, EventError, RealtimeError
 from .frames import MAX_MESSAGE
 from .hub import Wire
-from .identity import Identity, guest, wrap
+from .identity import Identity, credentials, guest, wrap
 from .limits import ConnectionCounter, Meter, RateLimit, Refused
 from .protocols.plain import Encoding
 from .seams import Carrier, seam_for
@@ -40,6 +40,7 @@ Reject = Literal["auto", "http", "close"]
 NOT_RUNNING = Refusal(503, "unavailable", "the realtime service is not running", retry_after=5.0)
 DRAINING = Refusal(503, "unavailable", "the server is restarting", retry_after=2.0)
 NO_IDENTITY = Refusal(401, "unauthorized", "a token is required")
+REVOKED = Refusal(401, "unauthorized", "this identity has been revoked")
 NOT_ACCEPTED = Refusal(403, "forbidden", "the endpoint did not accept the connection")
 FAILED = Refusal(500, "internal", "the server failed to open the connection")
 
@@ -52,10 +53,12 @@ class Host(Protocol):
     """What the gate asks of a `Realtime`."""
 
     draining: bool
+    warned: bool
     tasks: Any
 
     @property
     def running(self) -> bool: ...
+    async def revoked(self, identity: Identity) -> bool: ...
     def wire(self, encoding: Encoding, carrier: Carrier) -> Wire: ...
     def register(self, connection: Connection) -> None: ...
 
@@ -83,15 +86,19 @@ def admission_of(scope: Scope, host: Any) -> Admission:
     return admission if isinstance(admission, Admission) else Admission(host, read(scope))
 
 
-def admit(host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity | None = None) -> Connection | Refusal:
+async def admit(
+    host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity | None = None
+) -> Connection | Refusal:
     """Decide about a handshake; a connection that comes back is registered and holds its slot in the caps."""
     admission = admission_of(scope, host)
     if host is None or not host.running:
-        logger.error("%s is not running; write Middleware(RealtimeMiddleware, realtime=rt) into the app", host)
+        logger.error("the Realtime is not running; write Middleware(RealtimeMiddleware, realtime=rt) into the app")
         return NOT_RUNNING
+    user, ip = identify(scope, admission, terms, identity), admission.handshake.block
+    if isinstance(user, Identity) and user is not admission.identity and await host.revoked(user):
+        user = REVOKED  # whom a token names was asked for when it was verified
     if host.draining:
         return DRAINING
-    user, ip = identify(scope, admission, terms, identity), admission.handshake.block
     if isinstance(admission.counter, ConnectionCounter):
         name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
         if refused := admission.counter.take(ip, name, host.tasks.time()):
@@ -127,9 +134,9 @@ def identify(scope: Scope, admission: Admission, terms: Terms, identity: Identit
     user = scope.get("user")
     if admission.identity is not None:
         if user is not admission.identity:
-            warn_overwritten()
+            give_user(scope, admission, admission.identity)
         return admission.identity
-    known = wrap(user) if user is not None else None
+    known = wrap(user, scopes=getattr(scope.get("auth"), "scopes", ())) if user is not None else None
     if known is not None:
         return known
     anonymous = terms.anonymous if terms.anonymous is not None else not admission.guarded
@@ -147,42 +154,50 @@ def too_many(refused: Refused) -> Refusal:
     return Refusal(429, "too_many_connections", message, retry_after=refused.retry_after)
 
 
-_warned = False
+def give_user(scope: Scope, admission: Admission, identity: Identity) -> None:
+    """Put the token's user into a scope without it: the origin is the endpoint's own, or something replaced it.
 
-
-def warn_overwritten() -> None:
-    """Say once that something between the middleware and the endpoint replaced the token's user."""
-    global _warned
-    if not _warned:
-        _warned = True
+    The latter is said once for each `Realtime`.
+    """
+    if check_origin(admission.handshake, admission.origins) is None and not admission.realtime.warned:
+        admission.realtime.warned = True
         logger.warning(
             "a valid token was read, but something inside replaced scope['user']; the token's identity is used. "
             "Put RealtimeMiddleware after (inside) AuthenticationMiddleware"
         )
+    scope["user"], scope["auth"] = identity, credentials(identity)
 
 
 # Refusing.
 
 
 async def deny(
-    scope: Scope, receive: Receive, send: Send, refusal: Refusal, host: Any, code: int | None = None
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    refusal: Refusal,
+    host: Any,
+    *,
+    code: int | None = None,
+    accepted: bool = False,
 ) -> None:
-    """Answer a handshake with ``refusal``: over HTTP, or to a browser of ours with a close code it can read."""
+    """Answer a handshake with ``refusal``: over HTTP, or to a browser of ours with a close code it can read.
+
+    ``code`` is the close code if the host has named one. Where the host has ``accepted`` a close is all there is.
+    """
     admission = admission_of(scope, host)
     if host is not None:
         host.metrics.refused(refusal.status, refusal.code)
-    close = code if code is not None else int(refusal.close_code)
+    close = code if code is not None and sendable(code) else int(refusal.close_code)
     reason = refusal.message.encode()[:120].decode("utf-8", "ignore")
     try:
-        if closes_instead(admission, refusal):
+        if not accepted and closes_instead(admission, refusal):
             protocol = choose_protocol(admission.handshake.protocols)
             await send({"type": "websocket.accept", "subprotocol": protocol, "headers": []})
-            await send({"type": "websocket.close", "code": close, "reason": reason})
-        elif "websocket.http.response" in (scope.get("extensions") or {}):
+        elif not accepted and "websocket.http.response" in (scope.get("extensions") or {}):
             await respond(send, refusal)
-            await linger(receive, send)
-        else:
-            await send({"type": "websocket.close", "code": close, "reason": reason})
+            return await linger(receive, send)
+        await send({"type": "websocket.close", "code": close, "reason": reason})
     except OSError:
         pass  # the peer did not wait for the answer
 
@@ -245,19 +260,47 @@ class Diversion:
                 message["subprotocol"] = self._protocol
             await opening(connection, self._send, message)
         else:
-            await self._send(message)
+            await answer(self._send, message)
             if kind == "websocket.http.response.body" and not message.get("more_body", False):
                 connection.denied = True
                 connection.abandon()
 
 
 async def opening(connection: Connection, send: Send, message: Message) -> None:
-    """Accept, and let go what waited. Raises `WebSocketDisconnect` if the peer has left meanwhile."""
+    """Accept, and let go what waited. Raises `WebSocketDisconnect` if the connection has ended meanwhile."""
+    check_going(connection)
+    await answer(send, message)
+    try:
+        check_going(connection)
+    except WebSocketDisconnect:  # it ended while the accept was on its way: a close is all there is now
+        connection.accepted = True
+        await answer(send, {"type": "websocket.close", "code": CloseCode.GOING_AWAY, "reason": ""})
+        raise
+    connection.opened()
+
+
+def check_going(connection: Connection) -> None:
+    """Raise `WebSocketDisconnect` if the connection has ended before it was accepted."""
+    if connection.close_code is not None:
+        raise WebSocketDisconnect(connection.close_code)
+
+
+async def answer(send: Send, message: Message) -> None:
+    """Send a part of the answer to a handshake. Raises `WebSocketDisconnect` if the peer has left."""
     try:
         await send(message)
     except OSError:
         raise WebSocketDisconnect(1006) from None
-    connection.opened()
+
+
+def behind_accept(send: Send) -> Send:
+    """Return the ``send`` of a handshake that the host has accepted itself: accepting it again is nothing."""
+
+    async def rest(message: Message) -> None:
+        if message["type"] != "websocket.accept":
+            await send(message)
+
+    return rest
 
 
 async def forbidden() -> Message:
@@ -293,11 +336,18 @@ class Pull:
     async def disconnect(self, code: int) -> None:
         """Nothing: the body has ended."""
 
-    async def messages(self) -> AsyncIterator[Any]:
-        """Yield what the client says until it leaves."""
-        with suppress(anyio.ClosedResourceError):
-            async for data in self._taken:
-                yield data
+    def messages(self) -> AsyncIterator[Any]:
+        """Return the iterator over what the client says; no generator, because a body may break out of it."""
+        return self
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self._taken.receive()
+        except (anyio.ClosedResourceError, anyio.EndOfStream):
+            raise StopAsyncIteration from None
 
 
 class Acceptance:
@@ -320,18 +370,19 @@ class Acceptance:
         websocket, scope = self._websocket, self._websocket.scope
         if websocket.client_state.value == CONNECTING:
             await websocket.receive()
-        outcome = admit(self._host, scope, websocket._send, self._terms, self._identity)
+        accepted = websocket.application_state.value != CONNECTING
+        receive, send = websocket._receive, websocket._send
+        outcome = await admit(self._host, scope, send, self._terms, self._identity)
         if isinstance(outcome, Refusal):
-            await deny(scope, websocket._receive, websocket._send, outcome, self._host)
+            await deny(scope, receive, send, outcome, self._host, accepted=accepted)
             raise Denied(outcome.message)
         self._connection, self._finished = outcome, anyio.Event()
-        receive, send = websocket._receive, websocket._send
         take_over(websocket, outcome, send, choose_protocol(admission_of(scope, self._host).handshake.protocols))
         self._scope = anyio.CancelScope()
-        if websocket.application_state.value == CONNECTING:
-            await self._accept()
-        else:
+        if accepted:
             outcome.opened()
+        else:
+            await self._accept()
         self._scope.__enter__()
         script = Pull(outcome, self._scope)
         outcome.messages = script.messages
@@ -341,10 +392,12 @@ class Acceptance:
     async def _accept(self) -> None:
         try:
             await self._websocket.accept()
-        except WebSocketDisconnect:
+        except BaseException as error:
             self._host.forget(self._connection)
             release(self._websocket.scope, self._connection)
-            raise Denied("the peer left before it was accepted") from None
+            if isinstance(error, WebSocketDisconnect):
+                raise Denied("the peer left before it was accepted") from None
+            raise
 
     async def _serve(self, receive: Receive, script: Pull) -> None:
         try:
@@ -366,7 +419,8 @@ class Acceptance:
             return CloseCode.NORMAL, ""
         if isinstance(error, WebSocketException):
             return error.code, error.reason
-        return CloseCode.INTERNAL_ERROR, CloseCode.INTERNAL_ERROR.reason
+        code = CloseCode.INTERNAL_ERROR if isinstance(error, Exception) else CloseCode.GOING_AWAY
+        return code, code.reason
 
 
 def release(scope: Scope, connection: Connection) -> None:

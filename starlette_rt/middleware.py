@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-from starlette.authentication import AuthCredentials, UnauthenticatedUser
+from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import (
@@ -29,7 +29,7 @@ from .admission import (
 )
 from .exceptions import ConfigurationError, TokenError, Unavailable
 from .gate import NO_IDENTITY, Denied, Reject, deny
-from .identity import Identity, credentials
+from .identity import Identity, credentials, wrap
 from .limits import ConnectionCounter, ConnectionLimits
 from .realtime import Realtime
 from .tokens import MAX_TICKET_TTL, Verifier, resolve
@@ -98,7 +98,7 @@ class RealtimeMiddleware:
         )
         scope["starlette_rt"] = admission
         await self._identify(scope, admission)
-        return self._refusal(admission) if self._protect == "all" else None
+        return self._refusal(admission, scope["user"]) if self._protect == "all" else None
 
     async def _identify(self, scope: Scope, admission: Admission) -> None:
         """Verify what the handshake carries; put the user into the scope, or the refusal into the admission."""
@@ -107,7 +107,7 @@ class RealtimeMiddleware:
         if token is not None:
             if carrier == "subprotocol" and not any(name == b"authorization" for name, _ in scope["headers"]):
                 scope["headers"] = [*scope["headers"], authorization_header(token)]
-            if self._tokens is not None and check_origin(handshake, self._origins) is None:
+            if self._tokens is not None:
                 await self._verify(scope, admission, token)
         admission.handshake = replace(handshake, token=None)  # nobody needs it any more
         if "user" not in scope:
@@ -123,7 +123,8 @@ class RealtimeMiddleware:
             admission.refusal = Refusal(503, "unavailable", str(error), retry_after=5.0)
             return
         admission.identity = identity
-        scope["user"], scope["auth"] = identity, credentials(identity)
+        if check_origin(admission.handshake, self._origins) is None:  # else only an endpoint that lists it may know
+            scope["user"], scope["auth"] = identity, credentials(identity)
 
     async def _identity_of(self, token: str, ticket: bool) -> Identity:
         """Return whom the token names. Raises `TokenError` if it is not valid, used up or revoked."""
@@ -145,11 +146,11 @@ class RealtimeMiddleware:
             raise TokenError("the ticket has been used", expired=True)
         return identity
 
-    def _refusal(self, admission: Admission) -> Refusal | None:
+    def _refusal(self, admission: Admission, user: BaseUser) -> Refusal | None:
         """What ``protect="all"`` refuses before any route is looked for."""
         if sentence := check_origin(admission.handshake, self._origins):
             return Refusal(403, "origin", sentence)
-        if admission.refusal is None and self._tokens is not None and admission.identity is None:
+        if admission.refusal is None and self._tokens is not None and wrap(user) is None:
             return NO_IDENTITY
         return admission.refusal
 
@@ -174,8 +175,8 @@ class RealtimeMiddleware:
             await self.app(scope, receive, hold_back)
         finally:
             await self._realtime.__aexit__()
-        for message in ended:
-            await send(message)
+            for message in ended:  # also that of a host which failed and raised
+                await send(message)
 
 
 def check_settings(realtime: Any, tokens: Any, protect: Any, reject: Any) -> None:

@@ -23,7 +23,7 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from .backends import from_url
 from .backends.base import Backend, Publication, Published
-from .connection import Connection
+from .connection import Connection, check_code
 from .exceptions import CloseCode, ConfigurationError, NotRunning
 from .faults import FaultLog
 from .feed import Feed, Watch
@@ -75,6 +75,7 @@ class Realtime:
         self.connections: dict[str, Connection] = {}
         self.watched: dict[Connection, None] = {}
         self.draining: bool = False
+        self.warned: bool = False
         self._url = url
         self._backend = backend or from_url(url, grace=presence_grace, now=self._now)
         self._entered = 0
@@ -131,8 +132,8 @@ class Realtime:
 
     async def _stop(self) -> None:
         """Close what is still open, wait for its end, and leave nothing running."""
+        await self.drain(self.outbox.close + 2 * SWEEP)  # time for the sweeper to drop who does not read its Close
         self._sweeper.cancel()
-        await self.drain(self.outbox.close)
         await self.tasks.close(self.outbox.close)
         await self._backend.presence.stop()
         await self._backend.broker.stop()
@@ -272,10 +273,14 @@ class Realtime:
         code: int = CloseCode.DISCONNECTED,
         reason: str = "",
     ) -> None:
-        """Close all connections of ``identity``, or the one with the id ``connection``."""
+        """Close all connections of ``identity``, or the one with the id ``connection``.
+
+        Raises `ValueError` for a code that may not be sent.
+        """
         self._check_running()
         if (identity is None) == (connection is None):
             raise TypeError("disconnect() takes an identity or connection=, one of them")
+        check_code(code)
         for each in self._of(identity) if identity is not None else self._with_id(connection):
             each.begin_close(code, reason)
 
@@ -391,7 +396,7 @@ class Realtime:
         It is accepted if the host has not done so. ``identity`` is who the host's own code says it is,
         otherwise the token and the host's user decide; ``anonymous`` lets guests in. When the peer leaves,
         the body is cancelled at its next await and the ``async with`` ends quietly. A refused handshake
-        ends it before the body with `starlette.websockets.WebSocketDisconnect`.
+        never gets to the body: what is raised instead ends the request, and `RealtimeMiddleware` swallows it.
         """
         return Acceptance(self, websocket, identity, anonymous, encoding, tuple(limits))
 
@@ -405,7 +410,7 @@ def workers() -> int:
     """Return how many workers this process's server was told to run, by its command line or WEB_CONCURRENCY."""
     words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
     for flag, value in pairwise(words):
-        if flag in ("--workers", "-w") and value.isdigit():
+        if flag in ("--workers", "-w") and value.isdecimal():
             return int(value)
     told = os.environ.get("WEB_CONCURRENCY", "1")
-    return int(told) if told.isdigit() else 1
+    return int(told) if told.isdecimal() else 1

@@ -12,9 +12,10 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import anyio
+import anyio.lowlevel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.middleware import Middleware
@@ -143,6 +144,36 @@ class Typed(RealtimeEndpoint):
         await self.push({"moved": data.piece, "x": data.x})
 
 
+@dataclass
+class Act:
+    do: Literal["join", "leave", "track", "untrack", "say", "push", "raw"]
+    group: str = "public"
+    event: str = "message"
+    data: Any = None
+
+
+class Public(RealtimeEndpoint):
+    """Does what anybody asks, and has no bug that bad input could find."""
+
+    anonymous = True
+
+    async def on_receive(self, websocket: WebSocket, data: Act) -> None:
+        if data.do == "join":
+            await self.join(data.group, presence="members" if data.data else None)
+        elif data.do == "leave":
+            await self.leave(data.group)
+        elif data.do == "track":
+            await self.track(data.group, {"length": len(data.event)})
+        elif data.do == "untrack":
+            await self.untrack(data.group)
+        elif data.do == "say":
+            await self.broadcast(data.group, data.data, data.event, exclude=self.connection)
+        elif data.do == "raw":
+            await websocket.send_json(data.data)
+        else:
+            await self.push(data.data, data.event)
+
+
 class Anything(RealtimeEndpoint):
     encoding = None
 
@@ -227,7 +258,7 @@ async def say(request: Request) -> JSONResponse:
     for said in range(1, int(query.get("count", 1)) + 1):
         await rt.broadcast(query["group"], {"n": start + said - 1, "padding": padding})
         if said % turn == 0:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
         if "until" in query and rt.stats().get("evicted.4000"):
             break
     return JSONResponse(said)
@@ -293,6 +324,7 @@ app = Starlette(
     routes=[
         WebSocketRoute("/ws", Live),
         WebSocketRoute("/typed", Typed),
+        WebSocketRoute("/public", Public),
         WebSocketRoute("/anything", Anything),
         WebSocketRoute("/text", Text),
         WebSocketRoute("/bytes", Bytes),

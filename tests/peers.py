@@ -78,7 +78,9 @@ def loud(log: str) -> list[str]:
     return [line for line in log.splitlines() if not _QUIET.match(line)]
 
 
-def frame(payload: bytes, opcode: int = TEXT, fin: bool = True, mask: bytes | None = b"\0\0\0\0", rsv: int = 0) -> bytes:
+def frame(
+    payload: bytes, opcode: int = TEXT, fin: bool = True, mask: bytes | None = b"\0\0\0\0", rsv: int = 0
+) -> bytes:
     """Return a client's frame. A mask of zeros is a legal one and leaves the payload readable."""
     size = len(payload)
     first, masked = (0x80 if fin else 0) | rsv << 4 | opcode, 0x80 if mask is not None else 0
@@ -150,6 +152,13 @@ class Raw:
             if opcode == CLOSE:
                 return int.from_bytes(payload[:2])
 
+    def end(self) -> None:
+        """Read what there is until the stream ends, in whatever way."""
+        with suppress(EOFError, ConnectionError):
+            while True:
+                self.received.clear()
+                self.more()
+
     def send(self, data: bytes) -> None:
         """Send bytes as they are."""
         self.socket.sendall(data)
@@ -193,8 +202,10 @@ class Member(asyncio.Protocol):
         self._greeting = greeting
         self._data = bytearray()
         self._up = False
-        self.ready = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.seen, self.wrong, self.lost = -1, b"", False
+        self._goal = 0
+        self._reached = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -223,8 +234,18 @@ class Member(asyncio.Protocol):
             self.transport.write(frame(payload, PONG))
         elif opcode == TEXT and payload.startswith(b'{"n":%d,' % (self.seen + 1)):
             self.seen += 1
+            if self.seen >= self._goal:
+                self._reached.set()
         else:
             self.wrong = self.wrong or bytes((opcode,)) + payload[:100]
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
+        self._reached.set()
+
+    async def heard(self, number: int) -> None:
+        """Return when ``number`` has been heard, or the connection lost."""
+        self._goal = number
+        if self.seen < number and not self.lost:
+            self._reached.clear()
+            await self._reached.wait()

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contender:
-    """One server under test: its short name, its title in the table, its command with `{port}` in it."""
+    """One server under test: its short name, its title in the table, its command with the `{fd}` it listens on."""
 
     name: str
     title: str
@@ -55,8 +55,8 @@ class Contender:
 
 def uvicorn(name: str, title: str, app: str, ws: str = "websockets-sansio") -> Contender:
     """A contender on uvicorn with uvloop, no compression and no access log; its pings stay at their default."""
-    options = f"--host 127.0.0.1 --port {{port}} --loop uvloop --http httptools --ws {ws}"
-    quiet = "--ws-per-message-deflate false --no-access-log --log-level warning --backlog 4096"
+    options = f"--fd {{fd}} --loop uvloop --http httptools --ws {ws}"
+    quiet = "--ws-per-message-deflate false --no-access-log --log-level warning"
     command = [sys.executable, "-m", "uvicorn", f"tests.benchmarks.apps.{app}", *options.split(), *quiet.split()]
     return Contender(name, title, command)
 
@@ -66,7 +66,7 @@ def socketio(name: str = "socketio", title: str = "Node.js, Socket.IO") -> Conte
     return Contender(
         name,
         title,
-        ["node", "server.js", "{port}"],
+        ["node", "server.js", "{fd}"],
         path="/socket.io/?EIO=4&transport=websocket",
         load=["--socketio"],
         cwd=CACHE / "socketio",
@@ -139,12 +139,12 @@ class Server(Process):
     """A contender's process, asked over HTTP."""
 
     def __init__(self, contender: Contender) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         self.contender = contender
-        command = [part.format(port=self.port) for part in contender.command]
-        super().__init__(command, 0, contender.cwd, contender.environment)
+        with socket.create_server(("127.0.0.1", 0), backlog=4096) as door:  # so that no port is ever guessed
+            self.port = door.getsockname()[1]
+            fd = door.fileno()
+            command = [part.format(fd=fd) for part in contender.command]
+            super().__init__(command, 0, contender.cwd, contender.environment, pass_fds=[fd])
 
     def __enter__(self) -> Self:
         try:

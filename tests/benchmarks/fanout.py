@@ -8,7 +8,7 @@ hears while it is measured, and a message that is lost or out of order fails the
 
 The rounds run there and back again (A B C, C B A), and lower quartiles are compared, because noise only adds. Only
 the ratios within one run mean anything; the microseconds are this machine's. Socket.IO is installed from npm into
-`.bench/` at the first run. About five minutes.
+`.bench/` at the first run. About three minutes.
 """
 
 from __future__ import annotations

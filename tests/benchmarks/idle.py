@@ -7,7 +7,7 @@ round starts fresh processes, there and back again (A B C, C B A). Of the server
     (resident memory at N connections - resident memory at none, after a warm-up of 100) / N
 
 and the number of asyncio tasks at N, less those at none: one for each connection is what ASGI itself costs. The
-median of the rounds is shown. About three minutes; needs 2 N + 100 open files over two processes (`ulimit -n`).
+median of the rounds is shown. About two minutes; needs 2 N + 100 open files over two processes (`ulimit -n`).
 """
 
 from __future__ import annotations

@@ -39,4 +39,4 @@ const http = createServer((request, response) => {
 
 const io = new Server(http, { transports: ["websocket"], perMessageDeflate: false, serveClient: false });
 io.on("connection", (socket) => socket.join(GROUP));
-http.listen({ port: Number(process.argv[2]), host: "127.0.0.1", backlog: 2048 });
+http.listen({ fd: Number(process.argv[2]) });
