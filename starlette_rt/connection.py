@@ -400,7 +400,7 @@ class Connection:
 
     def _left(self, message: AsgiMessage) -> None:
         if self.close_code is None:
-            self.close_code = message.get("code") or CloseCode.NORMAL
+            self.close_code = message.get("code") or 1005  # RFC 6455 §7.1.5: the Close frame had none
 
     def _arrived(self, message: AsgiMessage) -> None:
         """Check one message against the sizes and limits, before it is decoded, and queue it for its handler."""

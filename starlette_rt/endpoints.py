@@ -37,7 +37,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from .admission import Refusal, choose_protocol, parse_origins
 from .backends.base import Published
 from .connection import Connection
-from .events import Decoder, ModelDecoder, message_decoder
+from .events import Decoder, ModelDecoder, check_handler, message_decoder
 from .exceptions import CloseCode, ConfigurationError, EventError
 from .feed import Watch
 from .frames import MAX_MESSAGE
@@ -95,8 +95,9 @@ class RealtimeEndpoint(WebSocketEndpoint):
         cls._terms = Terms(
             cls.anonymous, parse_origins(cls.origins), cls.encoding, meter_of(name, cls.limits), cls.max_message_size
         )
-        decoder = message_decoder(cls.on_receive, 2)
-        cls._decoder = decoder if cls.encoding == "json" else None
+        for hook, parameter in ((cls.on_connect, 1), (cls.on_receive, 2), (cls.on_disconnect, 2)):
+            check_handler(hook, parameter)
+        cls._decoder = message_decoder(cls.on_receive, 2) if cls.encoding == "json" else None
 
     @classmethod
     async def serve(cls, websocket: WebSocket, *, identity: Identity | None = None, **attributes: Any) -> None:

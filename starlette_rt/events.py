@@ -56,15 +56,12 @@ def first_complaint(error: Any) -> str:
     return f"{first['msg']} - at `${place}`"
 
 
-def message_decoder(handler: Callable[..., Any], parameter: int) -> Decoder | ModelDecoder | None:
-    """Return what decodes the message that ``handler`` takes as its ``parameter``-th, ``None`` if it takes any JSON.
+def check_handler(handler: Callable[..., Any], parameter: int) -> inspect.Parameter:
+    """Return the last parameter that ``handler`` is called with, the ``parameter``-th from 0 with ``self``.
 
-    ``parameter`` counts from 0 with ``self``, and is the last one that the handler is called with. Raises
-    `ConfigurationError` for a handler that is not ``async`` or cannot be called so, for an annotation that
-    cannot be resolved and for one that JSON cannot be decoded into. No other annotation is looked at: they may
-    be imported under ``TYPE_CHECKING``.
+    Raises `ConfigurationError` for a handler that is not ``async`` or cannot be called so.
     """
-    name = f"{handler.__module__}.{handler.__qualname__}"
+    name = full_name(handler)
     if not inspect.iscoroutinefunction(handler):
         raise ConfigurationError(f"{name} is not async; write `async def {handler.__name__}(…)`")
     signature = inspect.signature(handler)
@@ -73,9 +70,24 @@ def message_decoder(handler: Callable[..., Any], parameter: int) -> Decoder | Mo
     except TypeError as error:
         raise ConfigurationError(f"{name} is called with {parameter + 1} arguments, self included: {error}") from error
     parameters = list(signature.parameters.values())
-    wanted = parameters[min(parameter, len(parameters) - 1)]  # the last one may be `*arguments`
-    annotation = resolved(wanted, handler, name)
+    return parameters[min(parameter, len(parameters) - 1)]  # the last one may be `*arguments`
+
+
+def message_decoder(handler: Callable[..., Any], parameter: int) -> Decoder | ModelDecoder | None:
+    """Return what decodes the message that ``handler`` takes as its ``parameter``-th, ``None`` if it takes any JSON.
+
+    Raises `ConfigurationError` as `check_handler` does, for an annotation that cannot be resolved and for one
+    that JSON cannot be decoded into. No other annotation is looked at: they may be imported under
+    ``TYPE_CHECKING``.
+    """
+    name = full_name(handler)
+    annotation = resolved(check_handler(handler, parameter), handler, name)
     return None if annotation in UNTYPED else decoder_for(annotation, name)
+
+
+def full_name(handler: Callable[..., Any]) -> str:
+    """Return how a complaint names a handler."""
+    return f"{handler.__module__}.{handler.__qualname__}"
 
 
 def resolved(parameter: inspect.Parameter, handler: Callable[..., Any], name: str) -> Any:

@@ -30,7 +30,7 @@ class CloseCode(IntEnum):
     when: str
     reconnect: bool
 
-    def __new__(cls, value: int, reason: str, when: str, reconnect: bool) -> CloseCode:
+    def __new__(cls, value: int, reason: str = "", when: str = "", reconnect: bool = False) -> CloseCode:
         code = int.__new__(cls, value)
         code._value_ = value
         code.reason, code.when, code.reconnect = reason, when, reconnect

@@ -17,7 +17,7 @@ import anyio.lowlevel
 from .backends.base import PresenceStore
 from .frames import PresenceCount, PresenceDiff, PresenceState
 from .hub import Hub, Message, Peer
-from .loop import Tasks
+from .loop import Handle, Tasks
 
 Watch = Literal["members", "count"]
 
@@ -39,7 +39,14 @@ class Feed:
         self._rested: dict[str, float] = {}  # hidden group -> when it may be told again
         self._large: set[str] = set()
         self._states: dict[str, tuple[int, Message]] = {}
-        self._running = False
+        self._running: Handle | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Tell nothing more: the process goes, and its members stay for those who ask elsewhere."""
+        self._closed = True
+        if self._running is not None:
+            self._running.cancel()
 
     async def watch(self, peer: Peer, group: str, how: Watch) -> None:
         """Tell ``peer`` the present state of ``group``, and from now on what changes."""
@@ -61,9 +68,8 @@ class Feed:
     def changed(self, group: str) -> None:
         """Something has changed in ``group``; it is told at the end of the turn, or when its period has passed."""
         self._dirty[group] = None
-        if not self._running:
-            self._running = True
-            self._tasks.spawn(self._run)
+        if self._running is None and not self._closed:
+            self._running = self._tasks.spawn(self._run)
 
     def crowd(self, name: str, occupied: bool) -> None:
         """A group of the hub has got its first member or lost its last; an unwatched roster may be forgotten."""
@@ -78,7 +84,7 @@ class Feed:
                 await self._tell(self._tasks.time())
                 await anyio.sleep(TICK)
         finally:
-            self._running = False
+            self._running = None
 
     async def _tell(self, now: float) -> None:
         for hidden in [hidden for hidden, due in self._rested.items() if due <= now]:

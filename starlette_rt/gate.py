@@ -260,10 +260,10 @@ class Diversion:
                 message["subprotocol"] = self._protocol
             await opening(connection, self._send, message)
         else:
-            await answer(self._send, message)
             if kind == "websocket.http.response.body" and not message.get("more_body", False):
                 connection.denied = True
-                connection.abandon()
+                connection.abandon()  # before it is sent: the disconnect that follows is for `linger`
+            await answer(self._send, message)
 
 
 async def opening(connection: Connection, send: Send, message: Message) -> None:

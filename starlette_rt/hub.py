@@ -21,7 +21,7 @@ from .seams import Carrier
 
 MAX_ENTRIES = 64  # messages in the log before it is flushed
 MAX_BYTES = 64 * 1024  # bytes in the log before it is flushed
-SLICE = 512  # receivers written before the loop gets a breath
+SLICE = 64  # receivers written before the loop gets a breath: more writers at once set off the garbage collector
 
 
 class Wire:

@@ -132,6 +132,7 @@ class Realtime:
 
     async def _stop(self) -> None:
         """Close what is still open, wait for its end, and leave nothing running."""
+        self._feed.close()
         await self.drain(self.outbox.close + 2 * SWEEP)  # time for the sweeper to drop who does not read its Close
         self._sweeper.cancel()
         await self.tasks.close(self.outbox.close)
@@ -246,10 +247,14 @@ class Realtime:
         self._check_running()
         return {identity for identity in identities if f"~{identity}" in self.hub.groups}
 
-    async def presence(self, group: str) -> dict[str, Member]:
-        """Return who is present in ``group``, by key."""
+    async def presence(self, group: str, *, after: str | None = None, limit: int | None = None) -> dict[str, Member]:
+        """Return who is present in ``group``, by key.
+
+        With ``limit``, or ``after`` a key, it is a page in the order of the keys: at most ``limit`` members
+        whose key follows ``after``. Without, all of them in no promised order.
+        """
         self._check_running()
-        return await self._backend.presence.members(check_group(group))
+        return await self._backend.presence.members(check_group(group), after, limit)
 
     async def count(self, group: str, connections: bool = False) -> int:
         """Return how many members are present in ``group``, or how many connections of theirs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from tests.servers import HOST, Server
@@ -29,11 +31,29 @@ TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 _QUIET = re.compile(r"INFO: |\[[^]]*\] \[\d+\] \[INFO\]|\[INFO\]|$")  # uvicorn's lines, hypercorn's, granian's
 
 
+_numbers = itertools.count()
+
+
+def name(prefix: str = "n") -> str:
+    """Return a name that no other test has."""
+    return f"{prefix}{next(_numbers)}"
+
+
 def ask(server: Server, path: str, method: str = "GET") -> Any:
     """Return the JSON that a route answers."""
     request = urllib.request.Request(server.http + path, method=method)
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
+
+
+def stats(server: Server) -> Any:
+    """Return all that the process can say about itself."""
+    return ask(server, "/stats?full=1")
+
+
+def goodbyes(server: Server, who: str) -> list[int]:
+    """Return the codes that on_disconnect was told for ``who``."""
+    return [code for name, code in stats(server)["ended"] if name == who]
 
 
 def bearer(server: Server, name: str) -> dict[str, str]:
@@ -46,6 +66,26 @@ def visit(server: Server, name: str | None = None, path: str = "/ws", **options:
     headers = {**(bearer(server, name) if name else {}), **options.pop("headers", {})}
     options = {"open_timeout": PATIENCE, "close_timeout": PATIENCE, **options}
     return connect(server.url + path, additional_headers=headers, **options)
+
+
+def browser(server: Server, token: str, path: str = "/ws") -> ClientConnection:
+    """Connect as a page of the app's own origin does, with our protocol and its token."""
+    return visit(server, path=path, subprotocols=["rt.plain", f"rt.token.{token}"], origin=server.http)
+
+
+def refusal(server: Server, who: str | None = None, path: str = "/ws", **options: Any) -> Any:
+    """Return the response of a handshake that is refused."""
+    try:
+        visit(server, who, path, **options).close()
+    except InvalidStatus as error:
+        return error.response
+    raise AssertionError("the handshake was not refused")
+
+
+def answered(response: Any) -> tuple[int, Any]:
+    """Return the status and the JSON of a refusal."""
+    assert response.headers["content-type"] == "application/json"
+    return response.status_code, json.loads(response.body)
 
 
 def tell(peer: ClientConnection, do: str, **what: Any) -> None:
@@ -62,6 +102,16 @@ def settle(peer: ClientConnection) -> None:
     """Return when the server has handled all that ``peer`` has told it; nothing else may have been said to it."""
     tell(peer, "echo")
     assert hear(peer) == {"echo": {"do": "echo"}}
+
+
+def ending(peer: ClientConnection) -> tuple[int, str]:
+    """Read to the end and return the code and reason of the server's Close frame."""
+    with suppress(ConnectionClosed):
+        while True:
+            peer.recv(timeout=PATIENCE)
+    close = peer.protocol.close_rcvd
+    assert close is not None, "there was no Close frame"
+    return close.code, close.reason
 
 
 def eventually(look: Callable[[], Any], wanted: Callable[[Any], bool], within: float = PATIENCE) -> Any:
@@ -190,6 +240,37 @@ def parse(data: bytearray, start: int = 0) -> tuple[int, bytes, int] | None:
     if have < head + size:
         return None
     return data[start] & 15, bytes(data[start + head : start + head + size]), head + size
+
+
+class Roster:
+    """Who is there, kept as a client keeps it: a state once, then diffs, whose metas go by their refs."""
+
+    def __init__(self, peer: ClientConnection, group: str) -> None:
+        self._peer, self._group = peer, group
+        state = hear(peer)
+        assert (state["type"], state["group"], state["after"]) == ("presence_state", group, None)
+        self._version = state["version"]
+        self._metas = {key: member["metas"] for key, member in state["members"].items()}
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Hear diffs until the members are as wanted; return them with their metas, without the refs."""
+        while not wanted(members := self._members()):
+            self._apply(hear(self._peer))
+        return members
+
+    def _members(self) -> dict[str, Any]:
+        shown = {key: [dict(meta) for meta in metas] for key, metas in self._metas.items() if metas}
+        assert all(meta.pop("ref") for metas in shown.values() for meta in metas)
+        return shown
+
+    def _apply(self, diff: dict[str, Any]) -> None:
+        self._version += 1
+        assert (diff["type"], diff["group"], diff["version"]) == ("presence_diff", self._group, self._version)
+        for key, member in diff["leaves"].items():
+            gone = {meta["ref"] for meta in member["metas"]}
+            self._metas[key] = [meta for meta in self._metas[key] if meta["ref"] not in gone]
+        for key, member in diff["joins"].items():
+            self._metas[key] = self._metas.get(key, []) + member["metas"]
 
 
 class Member(asyncio.Protocol):

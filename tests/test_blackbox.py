@@ -7,7 +7,6 @@ arrives instead, never by waiting.
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
 import socket
@@ -16,21 +15,28 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
 from tests.peers import (
     CLOSE,
     PATIENCE,
     Raw,
+    Roster,
+    answered,
     ask,
     bearer,
+    browser,
+    ending,
     eventually,
     frame,
+    goodbyes,
     hear,
     hello,
     loud,
+    name,
+    refusal,
     settle,
+    stats,
     tell,
     visit,
 )
@@ -40,7 +46,6 @@ pytestmark = pytest.mark.system
 
 KINDS = ["uvicorn", "uvicorn-rt", "uvicorn-wsproto"]
 APP = "tests.live:app"
-NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -66,40 +71,6 @@ def log(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
     yield look
     if not asked:
         assert loud(server.log())[before:] == []
-
-
-def name(prefix: str = "n") -> str:
-    """Return a name that no other test has."""
-    return f"{prefix}{next(NUMBERS)}"
-
-
-def stats(server: Server) -> Any:
-    return ask(server, "/stats?full=1")
-
-
-def goodbyes(server: Server, who: str) -> list[int]:
-    """Return the codes that on_disconnect was told for ``who``."""
-    return [code for name, code in stats(server)["ended"] if name == who]
-
-
-def ending(peer: ClientConnection) -> tuple[int, str]:
-    """Read to the end and return the code and reason of the server's Close frame."""
-    with pytest.raises(ConnectionClosed) as caught:
-        any(peer.recv(timeout=PATIENCE) is None for _ in itertools.count())
-    assert caught.value.rcvd is not None, "there was no Close frame"
-    return caught.value.rcvd.code, caught.value.rcvd.reason
-
-
-def refusal(server: Server, who: str | None = None, path: str = "/ws", **options: Any) -> Any:
-    """Return the response of a handshake that is refused."""
-    with pytest.raises(InvalidStatus) as caught, visit(server, who, path, **options):
-        pass
-    return caught.value.response
-
-
-def browser(server: Server, token: str, path: str = "/ws", **options: Any) -> ClientConnection:
-    """Connect as a page of the app's own origin does, with our protocol and its token."""
-    return visit(server, path=path, subprotocols=["rt.plain", f"rt.token.{token}"], origin=server.http, **options)
 
 
 # Hooks
@@ -471,37 +442,6 @@ def test_presence_is_told_as_a_state_and_net_diffs(server: Server) -> None:
         assert ask(server, f"/present?group={group}") == [1, 1, [ann]]
 
 
-class Roster:
-    """Who is there, kept as a client keeps it: a state once, then diffs, whose metas go by their refs."""
-
-    def __init__(self, peer: ClientConnection, group: str) -> None:
-        self._peer, self._group = peer, group
-        state = hear(peer)
-        assert (state["type"], state["group"], state["after"]) == ("presence_state", group, None)
-        self._version = state["version"]
-        self._metas = {key: member["metas"] for key, member in state["members"].items()}
-
-    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Hear diffs until the members are as wanted; return them with their metas, without the refs."""
-        while not wanted(members := self._members()):
-            self._apply(hear(self._peer))
-        return members
-
-    def _members(self) -> dict[str, Any]:
-        shown = {key: [dict(meta) for meta in metas] for key, metas in self._metas.items() if metas}
-        assert all(meta.pop("ref") for metas in shown.values() for meta in metas)
-        return shown
-
-    def _apply(self, diff: dict[str, Any]) -> None:
-        self._version += 1
-        assert (diff["type"], diff["group"], diff["version"]) == ("presence_diff", self._group, self._version)
-        for key, member in diff["leaves"].items():
-            gone = {meta["ref"] for meta in member["metas"]}
-            self._metas[key] = [meta for meta in self._metas[key] if meta["ref"] not in gone]
-        for key, member in diff["joins"].items():
-            self._metas[key] = self._metas.get(key, []) + member["metas"]
-
-
 def test_presence_as_a_count_is_a_number(server: Server) -> None:
     group = name("g")
     with visit(server, name()) as watcher, visit(server, name()) as other:
@@ -593,22 +533,16 @@ def test_somebody_elses_socket_is_theirs_and_knows_the_user(server: Server, toke
 # Refusals: what was said over HTTP, and that no log says more
 
 
-def said_with(response: Any) -> tuple[int, Any]:
-    """The response's status and JSON."""
-    assert response.headers["content-type"] == "application/json"
-    return response.status_code, json.loads(response.body)
-
-
 def test_no_token_is_401(server: Server) -> None:
     response = refusal(server)
-    assert said_with(response) == (401, {"error": "unauthorized", "message": "a token is required"})
+    assert answered(response) == (401, {"error": "unauthorized", "message": "a token is required"})
     assert response.headers["www-authenticate"] == "Bearer"
 
 
 def test_a_bad_token_is_401_and_in_no_log(server: Server) -> None:
     response = refusal(server, headers={"Authorization": "Bearer forged-nonsense"})
-    assert said_with(response)[0] == 401
-    assert said_with(response)[1]["error"] == "unauthorized"
+    assert answered(response)[0] == 401
+    assert answered(response)[1]["error"] == "unauthorized"
     assert "forged-nonsense" not in server.log()
 
 
@@ -617,15 +551,15 @@ def test_another_origin_is_403_and_told_what_to_write_also_to_a_browser(server: 
         "error": "origin",
         "message": 'origin http://evil.example refused; add it to RealtimeMiddleware(origins=["http://evil.example"])',
     }
-    assert said_with(refusal(server, name(), origin="http://evil.example")) == (403, expected)
+    assert answered(refusal(server, name(), origin="http://evil.example")) == (403, expected)
     response = refusal(server, name(), origin="http://evil.example", subprotocols=["rt.plain"])
-    assert said_with(response) == (403, expected)
+    assert answered(response) == (403, expected)
 
 
 def test_an_endpoint_that_does_not_accept_refuses_with_403(server: Server) -> None:
     me = name()
     response = refusal(server, me, "/ws?connect=silent")
-    assert said_with(response) == (
+    assert answered(response) == (
         403,
         {"error": "forbidden", "message": "the endpoint did not accept the connection"},
     )
@@ -634,13 +568,13 @@ def test_an_endpoint_that_does_not_accept_refuses_with_403(server: Server) -> No
 
 def test_an_http_exception_is_the_refusal_with_its_headers(server: Server) -> None:
     response = refusal(server, name(), "/ws?connect=http")
-    assert said_with(response) == (402, {"error": "http_402", "message": "pay first"})
+    assert answered(response) == (402, {"error": "http_402", "message": "pay first"})
     assert response.headers["x-price"] == "1"
 
 
 def test_an_event_error_in_on_connect_is_403_with_the_time_to_wait(server: Server) -> None:
     response = refusal(server, name(), "/ws?connect=event")
-    assert said_with(response) == (403, {"error": "full", "message": "no seat", "retry_after_ms": 2000})
+    assert answered(response) == (403, {"error": "full", "message": "no seat", "retry_after_ms": 2000})
     assert response.headers["retry-after"] == "2"
 
 
@@ -649,7 +583,7 @@ def test_a_bug_in_on_connect_is_500_and_the_one_record_of_the_handler(
 ) -> None:
     me = name()
     response = refusal(server, me, "/ws?connect=fail")
-    assert said_with(response) == (500, {"error": "internal", "message": "the server failed to open the connection"})
+    assert answered(response) == (500, {"error": "internal", "message": "the server failed to open the connection"})
     said = log()
     assert said[0] == "tests.live.Live.on_connect raised RuntimeError"
     assert said[-1] == "RuntimeError: a bug in on_connect"
@@ -661,13 +595,13 @@ def test_a_connection_beyond_a_cap_is_429_and_beyond_the_total_503(server: Serve
     me = name()
     with visit(server, me, "/capped"):
         response = refusal(server, me, "/capped")
-        assert said_with(response)[0] == 429
-        assert said_with(response)[1]["error"] == "too_many_connections"
+        assert answered(response)[0] == 429
+        assert answered(response)[1]["error"] == "too_many_connections"
         assert int(response.headers["retry-after"]) >= 1
         with visit(server, name(), "/capped"):
             response = refusal(server, name(), "/capped")
-            assert said_with(response)[0] == 503
-            assert said_with(response)[1]["message"] == "the server is full"
+            assert answered(response)[0] == 503
+            assert answered(response)[1]["message"] == "the server is full"
     eventually(lambda: goodbyes(server, me), bool)
     with visit(server, me, "/capped") as peer:  # the slots are free again
         settle(peer)
@@ -677,8 +611,8 @@ def test_a_realtime_that_nobody_started_is_503_and_the_line_to_write(
     server: Server, log: Callable[[], list[str]]
 ) -> None:
     response = refusal(server, name(), "/asleep")
-    assert said_with(response)[0] == 503
-    assert said_with(response)[1]["error"] == "unavailable"
+    assert answered(response)[0] == 503
+    assert answered(response)[1]["error"] == "unavailable"
     assert response.headers["retry-after"] == "5"
     (line,) = log()
     assert "write Middleware(RealtimeMiddleware, realtime=rt) into the app" in line
@@ -809,7 +743,7 @@ def test_a_drain_closes_with_1012_and_refuses_newcomers(kind: str) -> None:
             ask(server, "/drain", "POST")
             assert ending(peer) == (1012, "service restart")
         response = refusal(server, "bob")
-        assert said_with(response)[0] == 503
+        assert answered(response)[0] == 503
         assert response.headers["retry-after"] == "2"
         assert loud(server.log()) == []
 

@@ -187,7 +187,7 @@ def test_a_model_inside_a_dataclass_is_refused_with_its_reason() -> None:
 
 @pytest.mark.parametrize(
     "annotation",
-    [int, str, bytes, list[int], dict[str, float], Literal["a", "b"], datetime.datetime, Message | None, tuple[int, ...]],
+    [int, str, bytes, list[int], dict[str, float], Literal["a", "b"], datetime.datetime, Message | None],
     ids=str,
 )
 def test_what_json_has_a_form_for_is_decoded_without_pydantic(annotation: Any) -> None:
@@ -233,7 +233,9 @@ def test_a_bug_in_a_validator_is_not_taken_for_bad_input() -> None:
 
 @given(raw=st.text() | st.binary())
 def test_any_input_makes_a_model_or_an_event_error(raw: str | bytes) -> None:
+    decoder, codes = decoder_for(Model, "app.Chat"), list[str]()
     try:
-        assert isinstance(decoder_for(Model, "app.Chat").decode(raw), Model)
+        value = decoder.decode(raw)
     except EventError as error:
-        assert error.code == "invalid"
+        codes.append(error.code)
+    assert codes == ["invalid"] or isinstance(value, Model)

@@ -26,12 +26,15 @@ def raised(function: Callable[[], object]) -> Exception:
     raise AssertionError("it did not raise")
 
 
+NOTHING: dict[int, int] = {}
+
+
 def here() -> Exception:
-    return raised(lambda: {}[0])
+    return raised(lambda: NOTHING[0])
 
 
 def there() -> Exception:
-    return raised(lambda: {}[0])
+    return raised(lambda: NOTHING[0])
 
 
 def deeper() -> Exception:
@@ -53,7 +56,7 @@ def test_a_failure_is_logged_with_its_handler_its_type_and_its_traceback(caplog:
 
 def test_we_put_no_argument_of_the_handler_into_the_record(caplog: pytest.LogCaptureFixture) -> None:
     def on_receive(data: str) -> object:
-        return {}[len(data)]
+        return NOTHING[len(data)]
 
     FaultLog().report(raised(lambda: on_receive(SECRET)), "app.Chat.on_receive", now=0.0)
     assert "in on_receive" in caplog.text, "the traceback names the place"
@@ -95,7 +98,7 @@ def test_no_place_is_logged_twice_within_a_minute_and_no_failure_goes_uncounted(
 def listening() -> Iterator[list[logging.LogRecord]]:
     """The records of the logger under test, for a test that runs many times."""
     logger, handler, records = logging.getLogger("starlette_rt.handler"), logging.Handler(), list[logging.LogRecord]()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     logger.addHandler(handler)
     try:
         yield records

@@ -305,13 +305,16 @@ async def test_a_block_that_breaks_itself_ends_at_its_next_wait(ours: Tasks) -> 
 
 
 async def test_an_error_of_the_block_is_raised_also_where_it_is_broken(ours: Tasks) -> None:
-    with pytest.raises(LookupError):
+    async def work() -> None:
         with ours.breakable() as handle:
             handle.cancel()
             try:
                 await anyio.sleep_forever()
             finally:
                 raise LookupError
+
+    with pytest.raises(LookupError):
+        await work()
     await anyio.lowlevel.checkpoint()
 
 
@@ -352,7 +355,7 @@ async def test_a_cancelled_scope_around_a_broken_block_is_not_swallowed(ours: Ta
     await anyio.lowlevel.checkpoint()
 
 
-async def outcome_of(cancel: Callable[[asyncio.Task[str], Any], None]) -> tuple[str, int]:
+async def outcome_of(cancel: Callable[[asyncio.Task[str], Any], object]) -> tuple[str, int]:
     """Run a task in a breakable block, cancel it, and say how it ended and how often it still counts as cancelled."""
     inside, held, ours = asyncio.Event(), SimpleNamespace(), AsyncioTasks()
 
@@ -418,12 +421,15 @@ async def test_a_block_in_a_task_that_is_cancelled_already_is_broken_as_quietly(
 
 @on_asyncio
 async def test_asyncios_own_timeout_around_a_broken_block_still_works(ours: Tasks) -> None:
-    with pytest.raises(TimeoutError):
+    async def work() -> None:
         async with asyncio.timeout(0.01):
             with ours.breakable() as handle:
                 handle.cancel()
                 await asyncio.sleep(60)
             await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        await work()
 
 
 @on_asyncio

@@ -115,7 +115,7 @@ def test_within_its_bounds_an_outbox_loses_nothing(policy: Overflow) -> None:
 
 
 @pytest.mark.parametrize("bounds", [{"size": 20}, {"messages": 2}])
-def test_a_full_outbox_disconnects_its_peer(bounds: dict[str, int]) -> None:
+def test_a_full_outbox_disconnects_its_peer(bounds: dict[str, Any]) -> None:
     assert fill(outbox(**bounds), *said("a", "b", "c")) == [0, 0, OVERFLOW]
 
 

@@ -96,9 +96,14 @@ class MemoryPresence:
         roster = self._rosters.get(group)
         return NOBODY if roster is None else roster.state()
 
-    async def members(self, group: str) -> dict[str, Member]:
+    async def members(self, group: str, after: str | None = None, limit: int | None = None) -> dict[str, Member]:
         roster = self._rosters.get(group)
-        return {} if roster is None else roster.members()
+        members = {} if roster is None else roster.members()
+        if after is None and limit is None:
+            return members
+        following = (key for key in members if after is None or key > after)
+        keys = sorted(following) if limit is None else heapq.nsmallest(limit, following)
+        return {key: members[key] for key in keys}
 
     async def count(self, group: str, connections: bool = False) -> int:
         roster = self._rosters.get(group)

@@ -1,0 +1,724 @@
+"""The way in: who gets through, how a refusal is told, and the function style that lives between the two.
+
+The law of this file: a refusal is looked at from outside, as the client sees it, on servers with and without the
+denial extension; and none of them leaves a line above INFO.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+from fastapi import Depends, FastAPI
+from fastapi import WebSocket as FastAPIWebSocket
+from starlette.applications import Starlette
+from starlette.authentication import AuthCredentials, BaseUser, SimpleUser, UnauthenticatedUser
+from starlette.exceptions import WebSocketException
+from starlette.middleware import Middleware
+from starlette.routing import WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from starlette_rt import (
+    CloseCode,
+    Connection,
+    ConnectionLimits,
+    Identity,
+    RateLimit,
+    Realtime,
+    RealtimeEndpoint,
+    RealtimeMiddleware,
+    TokenSigner,
+)
+from starlette_rt.gate import Denied, linger
+from starlette_rt.testing import Refused, connect, lifespan
+
+pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+
+BROWSER: dict[str, Any] = {"origin": "http://testserver", "subprotocols": ["rt.plain"]}
+PATIENCE = 5.0
+
+tokens = TokenSigner(["k" * 32])
+Body = Callable[[Connection], Awaitable[None]]
+
+
+class Whoami(RealtimeEndpoint):
+    async def on_connect(self, websocket: WebSocket) -> None:
+        await websocket.accept()
+        await self.push([self.user.identity, list(self.user.scopes)])
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test of this file logs above INFO unless it is marked as one that does."""
+    yield
+    if "loud" not in request.fixturenames:
+        assert loud_lines(caplog) == []
+
+
+@pytest.fixture
+def loud(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was logged above INFO; asking for it allows it."""
+    return lambda: loud_lines(caplog)
+
+
+def loud_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.get_records("call") if record.levelno > logging.INFO]
+
+
+class As:
+    """What stands for a host's own authentication: puts a user into the scope."""
+
+    def __init__(self, app: ASGIApp, user: Any, scopes: list[str]) -> None:
+        self.app, self.user, self.scopes = app, user, scopes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            scope["user"], scope["auth"] = self.user, AuthCredentials(self.scopes)
+        await self.app(scope, receive, send)
+
+
+def live(
+    endpoint: Any = Whoami, *, realtime: Realtime | None = None, user: Any = None, scopes: Any = (), **settings: Any
+) -> Starlette:
+    outer = [] if user is None else [Middleware(As, user=user, scopes=list(scopes))]
+    return Starlette(
+        routes=[WebSocketRoute("/ws", endpoint)],
+        middleware=[*outer, Middleware(RealtimeMiddleware, realtime=realtime or Realtime(), **settings)],
+    )
+
+
+def token(name: str = "ann", **details: Any) -> str:
+    return tokens.sign(Identity(name, **details))
+
+
+def expired(name: str = "ann") -> str:
+    """A token that was good an hour ago."""
+    return TokenSigner(["k" * 32], now=lambda: 1_000_000_000.0).sign(Identity(name))
+
+
+# Who it is.
+
+
+async def test_a_token_says_who_it_is() -> None:
+    async with connect(live(tokens=tokens), "/ws", token=token(scopes=["admin"])) as client:
+        assert await client.receive_json() == ["ann", ["admin"]]
+
+
+async def test_the_hosts_user_is_wrapped_with_its_scopes() -> None:
+    app = live(tokens=tokens, user=SimpleUser("carl"), scopes=["authenticated", "admin"])
+    async with connect(app, "/ws") as client:
+        assert await client.receive_json() == ["carl", ["authenticated", "admin"]]
+
+
+async def test_a_valid_token_wins_over_the_hosts_user_and_an_invalid_one_is_no_fallback() -> None:
+    app = live(tokens=tokens, user=SimpleUser("carl"))
+    async with connect(app, "/ws", token=token()) as client:
+        assert (await client.receive_json())[0] == "ann"
+    with pytest.raises(Refused, match="401"):
+        async with connect(app, "/ws", token="wrong"):
+            pass
+
+
+async def test_a_host_that_knows_nobody_leaves_a_guest() -> None:
+    async with connect(live(user=UnauthenticatedUser()), "/ws") as client:
+        assert (await client.receive_json())[0].startswith("guest:")
+
+
+async def test_a_user_that_cannot_be_told_from_others_is_an_error_that_the_host_sees() -> None:
+    class Nameless(BaseUser):
+        is_authenticated = True
+        identity = display_name = ""
+
+    with pytest.raises(ValueError, match="Nameless has neither identity nor display_name"):
+        async with connect(live(user=Nameless()), "/ws"):
+            pass
+
+
+async def test_a_revoked_identity_is_refused_whoever_names_it() -> None:
+    rt = Realtime()
+    app = live(realtime=rt, tokens=tokens, user=SimpleUser("carl"))
+    async with lifespan(app):
+        await rt.revoke("carl")
+        with pytest.raises(Refused) as refused:
+            async with connect(app, "/ws"):
+                pass
+        assert refused.value.status == 401
+        assert refused.value.json()["message"] == "this identity has been revoked"
+        async with connect(app, "/ws", token=token()) as client:  # somebody else
+            assert (await client.receive_json())[0] == "ann"
+
+
+async def test_an_endpoint_adds_origins_and_the_token_counts_there_too() -> None:
+    class Partner(Whoami):
+        origins = ["https://partner.example"]
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            assert websocket.user is self.user
+            await super().on_connect(websocket)
+
+    app = live(Partner, tokens=tokens, origins=["https://friend.example"])
+    for origin in ("https://partner.example", "https://friend.example", "http://testserver"):
+        async with connect(app, "/ws", token=token(), origin=origin) as client:
+            assert (await client.receive_json())[0] == "ann"
+    with pytest.raises(Refused, match="403"):
+        async with connect(app, "/ws", token=token(), origin="https://other.example"):
+            pass
+
+
+# How a refusal is told.
+
+
+async def refusal(app: ASGIApp, **how: Any) -> Refused:
+    with pytest.raises(Refused) as refused:
+        async with connect(app, "/ws", **how):
+            pass
+    return refused.value
+
+
+async def code_of(app: ASGIApp, **how: Any) -> tuple[int, str | None]:
+    """The close code of a refusal that is told after an accept, and the subprotocol of that accept."""
+    async with connect(app, "/ws", **how) as client:
+        code = await client.closed()
+        assert client.pending == ()
+        return code, client.subprotocol
+
+
+async def test_a_refusal_is_a_response_with_a_body_that_programs_can_read() -> None:
+    refused = await refusal(live(tokens=tokens))
+    assert refused.status == 401
+    assert refused.headers["content-type"] == "application/json"
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert refused.json() == {"error": "unauthorized", "message": "a token is required"}
+
+
+async def test_without_the_denial_extension_a_refusal_is_a_close_before_accept() -> None:
+    refused = await refusal(live(tokens=tokens), denial=False)
+    assert (refused.status, refused.code) == (403, 4501)
+
+
+async def test_a_browser_of_ours_is_accepted_and_closed_with_a_code_it_can_read() -> None:
+    assert await code_of(live(tokens=tokens), **BROWSER) == (4501, "rt.plain")
+    assert await code_of(live(tokens=tokens), **BROWSER, token=expired()) == (4001, "rt.plain")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"origin": "http://testserver"}, {"subprotocols": ["rt.plain"]}, {}],
+    ids=["a page without our protocol", "our protocol without a page", "neither"],
+)
+async def test_only_browsers_that_speak_our_protocol_are_accepted_for_it(how: dict[str, Any]) -> None:
+    assert (await refusal(live(tokens=tokens), **how)).status == 401
+
+
+async def test_reject_http_answers_browsers_with_a_status_too() -> None:
+    assert (await refusal(live(tokens=tokens, reject="http"), **BROWSER)).status == 401
+
+
+async def test_reject_close_closes_everybody_with_a_code() -> None:
+    assert await code_of(live(tokens=tokens, reject="close")) == (4501, None)
+
+
+@pytest.mark.parametrize("reject", ["auto", "http", "close"])
+async def test_a_wrong_origin_is_never_accepted_and_the_answer_names_the_argument(reject: Any) -> None:
+    app = live(tokens=tokens, reject=reject)
+    refused = await refusal(
+        app, token=token(), origin="http://localhost:5173", subprotocols=["rt.plain"], carrier="subprotocol"
+    )
+    assert refused.status == 403
+    assert refused.json()["message"] == (
+        'origin http://localhost:5173 refused; add it to RealtimeMiddleware(origins=["http://localhost:5173"])'
+    )
+    assert (await refusal(app, origin="https://evil.example", denial=False)).code == 4503
+
+
+async def test_an_expired_token_is_told_apart_from_a_bad_one() -> None:
+    assert (await refusal(live(tokens=tokens), token=expired())).json()["error"] == "token_expired"
+    assert (await refusal(live(tokens=tokens), token="bad")).json()["error"] == "unauthorized"
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "message"),
+    [
+        (ConnectionLimits(total=1), 503, "the server is full"),
+        (ConnectionLimits(per_ip=1), 429, "too many connections from this address"),
+        (ConnectionLimits(per_user=1), 429, "too many connections of this user"),
+        (ConnectionLimits(rate="1/hour"), 429, "connections from this address come too fast"),
+    ],
+    ids=["total", "per_ip", "per_user", "rate"],
+)
+async def test_one_connection_too_many_is_told_when_to_come_back(
+    limits: ConnectionLimits, status: int, message: str
+) -> None:
+    app = live(tokens=tokens, connections=limits)
+    async with connect(app, "/ws", token=token()) as client:
+        await client.receive_json()
+        refused = await refusal(app, token=token())
+        assert refused.status == status
+        assert refused.json()["message"] == message
+        assert refused.json()["error"] == "too_many_connections"
+        wait = int(refused.headers["retry-after"])
+        assert 0 < refused.json()["retry_after_ms"] <= wait * 1000
+        code = 4005 if status == 503 else 4004
+        assert (await code_of(app, **BROWSER, token=token()))[0] == code
+
+
+@pytest.mark.parametrize(
+    ("limits", "other"),
+    [
+        (ConnectionLimits(per_ip=1), {"client": ("192.0.2.7", 1)}),
+        (ConnectionLimits(per_user=1), {"token": token("bob")}),
+        (ConnectionLimits(rate="1/hour"), {"client": ("192.0.2.7", 1)}),
+    ],
+    ids=["per_ip", "per_user", "rate"],
+)
+async def test_others_are_not_refused_for_it(limits: ConnectionLimits, other: dict[str, Any]) -> None:
+    app = live(tokens=tokens, connections=limits)
+    async with connect(app, "/ws", token=token()), connect(app, "/ws", **{"token": token(), **other}) as client:
+        await client.receive_json()
+
+
+async def test_a_slot_is_given_back_when_its_connection_ends_and_a_bad_token_takes_none() -> None:
+    app = live(tokens=tokens, connections=ConnectionLimits(total=1, per_ip=1, per_user=1))
+    async with lifespan(app):
+        for _ in range(3):
+            async with connect(app, "/ws", token=token()) as client:
+                await client.receive_json()
+            assert (await refusal(app, token="bad")).status == 401
+
+
+async def test_a_bad_token_costs_its_share_of_the_rate() -> None:
+    app = live(tokens=tokens, connections=ConnectionLimits(rate="2/hour"))
+    async with lifespan(app):
+        assert [(await refusal(app, token="bad")).status for _ in range(3)] == [401, 401, 429]
+
+
+async def test_guests_have_no_limit_per_user() -> None:
+    app = live(connections=ConnectionLimits(per_user=1))
+    async with connect(app, "/ws") as one, connect(app, "/ws") as two:
+        assert await one.receive_json() != await two.receive_json()
+
+
+async def test_while_it_does_not_run_each_handshake_is_503_and_one_error_names_the_line_to_write(
+    loud: Callable[[], list[str]],
+) -> None:
+    rt = Realtime()
+    app = live(realtime=rt)
+
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "websocket"
+        await app(scope, receive, send)
+
+    refused = await refusal(without_lifespan)
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "5"
+    (line,) = loud()
+    assert "Middleware(RealtimeMiddleware, realtime=rt)" in line
+
+
+async def test_an_endpoint_without_any_realtime_says_the_same(loud: Callable[[], list[str]]) -> None:
+    app = Starlette(routes=[WebSocketRoute("/ws", Whoami)])
+    assert (await refusal(app)).status == 503
+    (line,) = loud()
+    assert "Middleware(RealtimeMiddleware, realtime=rt)" in line
+
+
+async def test_while_it_drains_newcomers_are_sent_away_with_a_time_to_come_back() -> None:
+    rt = Realtime()
+    app = live(realtime=rt)
+    async with lifespan(app):
+        await rt.drain()
+        refused = await refusal(app)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "2")
+        assert (await code_of(app, **BROWSER))[0] == 4005
+
+
+async def test_refusals_are_counted() -> None:
+    rt = Realtime()
+    await refusal(live(realtime=rt, tokens=tokens))
+    assert rt.stats()["refused.401.unauthorized"] == 1
+
+
+async def test_something_inside_that_replaces_the_user_is_said_once_and_the_token_counts(
+    loud: Callable[[], list[str]],
+) -> None:
+    app = Starlette(
+        routes=[WebSocketRoute("/ws", Whoami)],
+        middleware=[
+            Middleware(RealtimeMiddleware, realtime=Realtime(), tokens=tokens),
+            Middleware(As, user=UnauthenticatedUser(), scopes=[]),
+        ],
+    )
+    async with lifespan(app):
+        for _ in range(2):
+            async with connect(app, "/ws", token=token()) as client:
+                assert (await client.receive_json())[0] == "ann"
+    (line,) = loud()
+    assert "Put RealtimeMiddleware after (inside) AuthenticationMiddleware" in line
+
+
+async def test_a_peer_that_did_not_wait_for_its_refusal_is_nobodys_error() -> None:
+    async def send(message: Message) -> None:
+        raise OSError("the peer has left")
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    scope: Scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b""}
+
+    class Closed(Whoami):
+        anonymous = False
+
+    async with Realtime() as Closed.realtime:
+        await Closed(scope, receive, send)
+
+
+async def test_lingering_ends_when_the_server_has_let_go() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            raise RuntimeError("the response is complete")
+
+    await linger(receive, send)
+    assert len(sent) == 3
+
+
+async def test_lingering_has_an_end_where_the_server_never_says_anything() -> None:
+    async def send(message: Message) -> None:
+        raise AssertionError("not before the disconnect")
+
+    with anyio.fail_after(PATIENCE):
+        await linger(anyio.sleep_forever, send)
+
+
+# Function style.
+
+
+def functions(rt: Realtime, body: Body, *, accept: bool = False, options: Any = None, **settings: Any) -> FastAPI:
+    """A FastAPI app with one route in function style; ``app.state.ended`` says how often a body was left."""
+    app = FastAPI()
+    app.add_middleware(RealtimeMiddleware, realtime=rt, **settings)
+    app.state.ended = []
+
+    def current_user(websocket: FastAPIWebSocket) -> str | None:
+        return websocket.headers.get("x-user")
+
+    @app.websocket("/ws")
+    async def ws(websocket: FastAPIWebSocket, user: str | None = Depends(current_user)) -> None:
+        if accept:
+            await websocket.accept()
+        identity = Identity(user) if user else None
+        try:
+            async with rt.accept(websocket, identity=identity, **(options or {})) as connection:
+                await body(connection)
+        finally:
+            app.state.ended.append(True)
+
+    return app
+
+
+async def echo(connection: Connection) -> None:
+    async for data in connection:
+        await connection.push(data)
+
+
+async def never(connection: Connection) -> None:
+    raise AssertionError("the body of a refused handshake ran")
+
+
+@pytest.mark.parametrize("accept", [False, True], ids=["accepts", "has been accepted"])
+async def test_a_body_reads_what_the_client_says_until_it_leaves(accept: bool) -> None:
+    app = functions(Realtime(), echo, accept=accept)
+    async with connect(app, "/ws", headers={"x-user": "ann"}) as client:
+        for data in (1, {"two": 2}, "three"):
+            await client.send_json(data)
+            assert await client.receive_json() == data
+        await client.send("no json")
+        assert (await client.receive_json())["code"] == "bad_message"
+    assert app.state.ended == [True]
+
+
+async def test_the_hosts_identity_is_the_connections() -> None:
+    rt = Realtime()
+
+    async def body(connection: Connection) -> None:
+        await connection.push([connection.user.identity, await connection.wait_closed()])
+
+    app = functions(rt, body)
+    async with connect(app, "/ws", headers={"x-user": "ann"}) as client:
+        await anyio.wait_all_tasks_blocked()
+        assert await rt.online(["ann", "bob"]) == {"ann"}
+        await rt.push("ann", "for you")
+        assert await client.receive_json() == "for you"
+
+
+@pytest.mark.parametrize("accept", [False, True], ids=["accepts", "has been accepted"])
+async def test_a_body_that_only_pushes_waits_for_the_end(accept: bool) -> None:
+    seen: list[str] = []
+
+    async def body(connection: Connection) -> None:
+        await connection.join("news")
+        seen.append("here")
+        await connection.wait_closed()
+
+    rt = Realtime()
+    app = functions(rt, body, accept=accept)
+    async with connect(app, "/ws") as client:
+        await anyio.wait_all_tasks_blocked()
+        await client.send_json("nobody asks for this")
+        await rt.broadcast("news", 1)
+        assert await client.receive_json() == 1
+    assert seen == ["here"]
+    assert app.state.ended == [True]
+    assert rt.stats()["connections"] == 0
+
+
+async def test_a_body_is_cancelled_at_its_next_await_when_the_peer_leaves_and_ends_quietly() -> None:
+    seen: list[str] = []
+
+    async def body(connection: Connection) -> None:
+        try:
+            await anyio.sleep_forever()
+        except BaseException as error:
+            seen.append("cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else "failed")
+            raise
+
+    app = functions(Realtime(), body)
+    async with connect(app, "/ws"):
+        await anyio.wait_all_tasks_blocked()
+    assert seen == ["cancelled"]
+    assert app.state.ended == [True]
+
+
+async def test_a_body_that_ends_closes_with_1000_after_what_it_said() -> None:
+    async def body(connection: Connection) -> None:
+        await connection.push("bye")
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        assert await client.receive_json() == "bye"
+        assert await client.closed() == 1000
+
+
+async def test_a_body_may_stop_reading_and_read_on() -> None:
+    async def body(connection: Connection) -> None:
+        async for data in connection:
+            await connection.push(["first", data])
+            break
+        async for data in connection:
+            await connection.push(["then", data])
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        for number in (1, 2, 3):
+            await client.send_json(number)
+        assert [await client.receive_json() for _ in range(3)] == [["first", 1], ["then", 2], ["then", 3]]
+
+
+async def test_reading_in_a_shield_ends_with_the_peer() -> None:
+    seen: list[Any] = []
+
+    async def body(connection: Connection) -> None:
+        with anyio.CancelScope(shield=True):
+            seen.extend([data async for data in connection])
+            seen.extend([data async for data in connection])
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        await client.send_json(1)
+        await anyio.wait_all_tasks_blocked()
+    assert seen == [1]
+
+
+async def test_an_exception_of_the_body_closes_with_1011_and_goes_on_to_the_host() -> None:
+    async def body(connection: Connection) -> None:
+        raise ZeroDivisionError("a bug of the host")
+
+    with pytest.raises(ZeroDivisionError):
+        async with connect(functions(Realtime(), body), "/ws") as client:
+            assert await client.closed() == 1011
+
+
+async def test_a_websocket_exception_closes_with_its_code_quietly() -> None:
+    async def body(connection: Connection) -> None:
+        raise WebSocketException(4321, "so it is")
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        assert await client.closed() == 4321
+        assert client.close_reason == "so it is"
+
+
+async def test_a_disconnect_that_the_body_lets_through_is_a_normal_end() -> None:
+    async def body(connection: Connection) -> None:
+        raise WebSocketDisconnect(1001)
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        assert await client.closed() == 1000
+
+
+async def test_an_error_after_the_peer_has_left_still_goes_to_the_host() -> None:
+    async def body(connection: Connection) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ZeroDivisionError("a bug in the cleaning up")
+
+    with pytest.raises(ZeroDivisionError):
+        async with connect(functions(Realtime(), body), "/ws"):
+            await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_body_that_is_cancelled_by_its_host_closes_with_1001() -> None:
+    async def body(connection: Connection) -> None:
+        scope.cancel()
+        await checkpoint()
+
+    rt, scope = Realtime(), anyio.CancelScope()
+
+    async def ws(websocket: WebSocket) -> None:
+        with scope:
+            async with rt.accept(websocket) as connection:
+                await body(connection)
+
+    async with connect(live(ws, realtime=rt), "/ws") as client:
+        assert await client.closed() == 1001
+
+
+async def test_the_hosts_websocket_speaks_through_the_connection() -> None:
+    rt = Realtime()
+
+    async def ws(websocket: WebSocket) -> None:
+        async with rt.accept(websocket) as connection:
+            await connection.push(1)
+            await websocket.send_json(2)
+            await connection.push(3)
+            with pytest.raises(RuntimeError, match="this endpoint reads for you"):
+                await websocket.receive_text()
+            await websocket.close(4321)
+
+    async with connect(live(ws, realtime=rt), "/ws", subprotocols=["other", "rt.plain"]) as client:
+        assert [await client.receive_json() for _ in range(3)] == [1, 2, 3]
+        assert await client.closed() == 4321
+        assert client.subprotocol == "rt.plain"
+
+
+@pytest.mark.parametrize("accept", [False, True], ids=["before accept", "after the host's accept"])
+async def test_a_refused_handshake_never_gets_to_the_body(accept: bool) -> None:
+    app = functions(Realtime(), never, accept=accept, tokens=tokens)
+    if accept:
+        assert (await code_of(app))[0] == 4501
+    else:
+        assert (await refusal(app)).status == 401
+        assert (await code_of(app, **BROWSER))[0] == 4501
+    assert app.state.ended
+
+
+async def test_a_refusal_outside_the_middleware_is_an_exception_of_the_host() -> None:
+    async with Realtime() as rt:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async with rt.accept(WebSocket(scope, receive, send), anonymous=False):
+                raise AssertionError("nobody may come")
+
+        with pytest.raises(Denied):
+            async with connect(app, "/ws"):
+                pass
+
+
+@pytest.mark.parametrize(("anonymous", "enters"), [(None, False), (True, True), (False, False)])
+async def test_accept_lets_guests_in_where_it_says_so(anonymous: bool | None, enters: bool) -> None:
+    app = functions(Realtime(), echo, options={"anonymous": anonymous}, tokens=tokens)
+    if enters:
+        async with connect(app, "/ws") as client:
+            await client.send_json(1)
+            assert await client.receive_json() == 1
+    else:
+        assert (await refusal(app)).status == 401
+
+
+async def test_accept_takes_an_encoding_and_limits() -> None:
+    app = functions(Realtime(), echo, options={"encoding": "text", "limits": [RateLimit("1/hour", per="ip")]})
+    async with connect(app, "/ws") as client:
+        await client.send("no json")
+        assert await client.receive() == "no json"
+        await client.send("one too many")
+        await client.silent()  # text has no spelling for an error
+
+
+async def test_a_peer_that_leaves_before_accept_leaves_nothing_behind() -> None:
+    rt = Realtime()
+    limits = ConnectionLimits(total=1)
+
+    async def ws(websocket: WebSocket) -> None:
+        async with rt.accept(websocket):
+            raise AssertionError("nobody is there")
+
+    app = live(ws, realtime=rt, connections=limits)
+
+    async def send(message: Message) -> None:
+        raise OSError("the peer has left")
+
+    async with lifespan(app):
+        for _ in range(2):
+            await app(scope_of("/ws"), connecting, send)
+            assert rt.stats()["connections"] == 0
+
+
+async def test_a_server_that_fails_in_the_accept_leaves_nothing_behind() -> None:
+    rt = Realtime()
+
+    async def ws(websocket: WebSocket) -> None:
+        async with rt.accept(websocket):
+            raise AssertionError("not accepted")
+
+    app = live(ws, realtime=rt, connections=ConnectionLimits(total=1))
+
+    async def send(message: Message) -> None:
+        raise RuntimeError("a bug of the server")
+
+    async with lifespan(app):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="a bug of the server"):
+                await app(scope_of("/ws"), connecting, send)
+            assert rt.stats()["connections"] == 0
+
+
+async def connecting() -> Message:
+    return {"type": "websocket.connect"}
+
+
+def scope_of(path: str) -> Scope:
+    return {"type": "websocket", "path": path, "headers": [], "query_string": b"", "subprotocols": []}
+
+
+async def test_a_host_that_read_the_connect_itself_may_accept() -> None:
+    rt = Realtime()
+
+    async def ws(websocket: WebSocket) -> None:
+        await websocket.receive()
+        async with rt.accept(websocket) as connection:
+            await connection.push("here")
+
+    async with connect(live(ws, realtime=rt), "/ws") as client:
+        assert await client.receive_json() == "here"
+
+
+async def test_many_bodies_end_when_the_realtime_stops() -> None:
+    rt = Realtime()
+    app = functions(rt, echo)
+    async with AsyncExitStack() as stack:
+        async with lifespan(app):
+            clients = [await stack.enter_async_context(connect(app, "/ws")) for _ in range(3)]
+            await rt.drain()
+            assert [await client.closed() for client in clients] == [CloseCode.SERVICE_RESTART] * 3
+            with anyio.fail_after(PATIENCE):
+                while len(app.state.ended) < 3:
+                    await checkpoint()
+            await stack.aclose()
