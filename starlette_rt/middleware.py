@@ -81,8 +81,8 @@ class RealtimeMiddleware:
                 return await deny(scope, receive, send, refusal, self._realtime)
             try:
                 await self.app(scope, receive, send)
-            except Denied:  # noqa: SIM105 - what `suppress` keeps would weigh 190 bytes for each idle connection
-                pass  # `Realtime.accept` has answered the handshake
+            except Denied:  # `Realtime.accept` has answered; `suppress` would weigh 190 bytes per idle connection
+                return
         elif scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
