@@ -384,13 +384,12 @@ class Connection:
         self._start_work()
         try:
             with self._node.tasks.breakable() as self._reader:
-                if self._state == CLOSING and not self.accepted:
-                    self._reader.cancel()  # refused before the reader began
-                while (message := await receive())["type"] != "websocket.disconnect":
-                    self._arrived(message)
-                    if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
-                        await self._wait_for_room()
-                self._left(message)
+                if self._state == CONNECTING or self.accepted:  # else refused before the reader began
+                    while (message := await receive())["type"] != "websocket.disconnect":
+                        self._arrived(message)
+                        if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
+                            await self._wait_for_room()
+                    self._left(message)
         finally:
             if left is not None:
                 left()
