@@ -1,4 +1,7 @@
-"""Real-time WebSockets for Starlette and FastAPI: auth, limits, presence and broadcast groups on your own routes."""
+"""Real-time WebSockets for Starlette and FastAPI: auth, limits, presence and broadcast groups on your own routes.
+
+The law of this file: it names what is public and does nothing. What is not in `__all__` may change without a word.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from ipaddress import AddressValueError, IPv6Address, IPv6Network
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote_plus
 
+from starlette.authentication import UnauthenticatedUser
+
 from .exceptions import CloseCode, ConfigurationError, TokenError
 from .identity import Identity
 
@@ -122,6 +124,10 @@ _CLOSE_CODES = {
     500: CloseCode.INTERNAL_ERROR,
     503: CloseCode.UNAVAILABLE,
 }
+
+
+NOBODY = UnauthenticatedUser()
+"""The user of a scope that had none; another unauthenticated user is the verdict of the host's own middleware."""
 
 
 @dataclass(slots=True, eq=False)
@@ -339,6 +345,7 @@ def _complaint(origin: str) -> str:
 
 _IN_QUERY = re.compile(r"""(^|[?&\s"'])([A-Za-z0-9%_.+-]{5,32})=([^& \t\r\n"]+)""")
 _IN_HEADER = re.compile(r"""\b(rt\.token\.|rt\.session\.|bearer\s+)[^\s,;"']+""", re.IGNORECASE)
+_IN_COOKIES = re.compile(r"""\b((?:set-)?cookie: ).+""", re.IGNORECASE)
 
 
 def _is_secret(name: str) -> bool:
@@ -356,7 +363,7 @@ def _scrub(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     value = _IN_QUERY.sub(lambda found: f"{found[1]}{found[2]}=***" if _is_secret(found[2]) else found[0], value)
-    return _IN_HEADER.sub(r"\1***", value)
+    return _IN_COOKIES.sub(r"\1***", _IN_HEADER.sub(r"\1***", value))
 
 
 def _scrub_values(values: dict[str, Any]) -> dict[str, Any]:

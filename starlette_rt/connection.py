@@ -58,6 +58,7 @@ class Node(Protocol):
     watched: dict[Connection, None]
 
     def forget(self, connection: Connection, /) -> None: ...
+    async def breathe(self) -> None: ...
     async def join(self, connection: Connection, group: str, presence: Watch | None, /) -> None: ...
     async def leave(self, connection: Connection, group: str, /) -> None: ...
     async def track(self, connection: Connection, group: str, meta: Any, /) -> None: ...
@@ -175,6 +176,11 @@ class Connection:
     def __repr__(self) -> str:
         return f"<Connection {self.id} of {self.user.identity}>"
 
+    @property
+    def close_reason(self) -> str:
+        """Why this side closes, or refused the handshake; empty if it did not or gave no reason."""
+        return "" if self._closing is None else self._closing[1]
+
     # What the host's code calls.
 
     @property
@@ -216,6 +222,8 @@ class Connection:
         """Send ``data`` to this client only. Raises `TypeError` or `ValueError` for what is no data."""
         frame = event_frame(event, data)
         self.say(frame, len(frame.json))
+        if self._node.hub.pressed:
+            await self._node.breathe()
 
     async def track(self, group: str, meta: Any = None) -> None:
         """Be present in ``group`` with ``meta``, a JSON object of at most 4 kB; joining it is not needed.
@@ -327,7 +335,7 @@ class Connection:
         if self._state >= CLOSING:
             return
         if self._state == CONNECTING:
-            return self._break(code)
+            return self._break(code, reason)
         self._node.hub.settle_peer(self)
         if self._state != OPEN:  # the flush itself has evicted it
             return
@@ -361,12 +369,12 @@ class Connection:
         elif self._deadline is None and self.paused_at is not None and now - self.paused_at > self._node.outbox.stall:
             self.evict(CloseCode.SLOW_CONSUMER)
 
-    def _break(self, code: int | None) -> None:
+    def _break(self, code: int | None, reason: str = "") -> None:
         """End the reader now; where nothing more is to be sent the transport goes with it."""
         if code is None:
             self._seam.abort()
         else:
-            self._state, self.close_code = CLOSING, code
+            self._state, self.close_code, self._closing = CLOSING, code, (code, reason)
         self._node.watched.pop(self, None)
         if self._reader is not None:
             self._reader.cancel()
@@ -408,7 +416,7 @@ class Connection:
         raw = message.get("text")
         if raw is None:
             raw = message.get("bytes", b"")
-        size = len(raw)
+        size = len(raw) if isinstance(raw, bytes) or raw.isascii() else len(raw.encode())
         self._node.metrics.received(size)
         if size > self.max_message_size:
             return self.refuse(EventError("too_large", f"a message has at most {self.max_message_size} bytes"))
@@ -483,17 +491,17 @@ class Connection:
         except WebSocketDisconnect:
             pass  # the host wrote to a peer that has left
         except Exception as error:
-            self._failed(error, function)
+            self._failed(error)
         else:
             self._failures = 0
 
-    def fail(self, error: Exception, function: Handler) -> None:
+    def fail(self, error: Exception) -> None:
         """Count and log a bug of the host's."""
         self._node.metrics.failed()
-        self._node.faults.report(error, name_of(function), self._node.tasks.time())
+        self._node.faults.report(error, self._node.tasks.time())
 
-    def _failed(self, error: Exception, function: Handler) -> None:
-        self.fail(error, function)
+    def _failed(self, error: Exception) -> None:
+        self.fail(error)
         self._failures += 1
         self.say(error_frame(EventError("internal", "the server failed to handle this message")))
         if self._failures >= MAX_FAILURES:
@@ -544,13 +552,15 @@ class Connection:
         self._node.metrics.connected()
         self._pump()
 
-    def send_raw(self, message: AsgiMessage) -> None:
+    async def send_raw(self, message: AsgiMessage) -> None:
         """Send what the host spelled itself, in order. Raises `OSError` when the peer has left."""
         if self._state >= CLOSING:
             raise OSError("the peer has left")
         text = message.get("text")
         data = message.get("bytes", b"") if text is None else text
         self.say(Raw(data), len(data))
+        if self._node.hub.pressed:
+            await self._node.breathe()
 
     def abandon(self) -> None:
         """End before accept: the reader stops, so that the handshake can be refused."""
@@ -574,12 +584,6 @@ def check_code(code: int) -> int:
 def sendable(code: int) -> bool:
     """Whether a Close frame may carry ``code``."""
     return code in (1000, 1001, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
-
-
-def name_of(function: Handler) -> str:
-    """Return how the log names a handler."""
-    function = getattr(function, "func", function)
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
 def _after_start(run: Callable[[], Awaitable[None]]) -> Any:

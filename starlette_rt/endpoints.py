@@ -28,6 +28,7 @@ is ours. It diverges from Starlette's `dispatch` on purpose, each number with a 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from starlette.endpoints import WebSocketEndpoint
@@ -133,8 +134,10 @@ class RealtimeEndpoint(WebSocketEndpoint):
         if outcome.denied:
             await linger(self.receive, self.send)
         elif not outcome.accepted:
-            code = outcome.close_code
-            await deny(scope, self.receive, self.send, hooks.refusal, realtime, code=code, accepted=accepted)
+            refusal, code = hooks.refusal, outcome.close_code
+            if reason := outcome.close_reason:
+                refusal = replace(refusal, message=reason)
+            await deny(scope, self.receive, self.send, refusal, realtime, code=code, accepted=accepted)
 
     def _realtime(self) -> Realtime | None:
         found: Realtime | None = self.realtime or admission_of(self.scope, None).realtime
@@ -230,7 +233,7 @@ class Hooks:
         connection = self._connection
         refusal = refusal_for(error)
         if refusal is None:
-            connection.fail(error, self._endpoint.on_connect)
+            connection.fail(error)
             refusal = FAILED
         if not connection.accepted:
             self.refusal = refusal

@@ -24,8 +24,8 @@ class FaultLog:
     def __init__(self) -> None:
         self._places: dict[tuple[object, ...], tuple[float, int]] = {}
 
-    def report(self, error: BaseException, handler: str, now: float) -> bool:
-        """Log ``error`` of ``handler`` unless its place was logged within a minute; return whether it was."""
+    def report(self, error: BaseException, now: float) -> bool:
+        """Log ``error`` unless its place was logged within a minute; return whether it was."""
         place = place_of(error)
         last, held = self._places.get(place, (-math.inf, 0))
         if now - last < PERIOD:
@@ -36,8 +36,19 @@ class FaultLog:
             del self._places[next(iter(self._places))]  # the one logged longest ago: the order is that of the records
         self._places[place] = now, 0
         more = f" ({held} more since its last record)" if held else ""
-        logger.error("%s raised %s%s", handler, type(error).__name__, more, exc_info=error)
+        logger.error("%s raised %s%s", culprit(error), type(error).__name__, more, exc_info=error)
         return True
+
+
+def culprit(error: BaseException) -> str:
+    """Return the name of the host's function that ``error`` came through first."""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] != __package__:
+            return f"{module}.{trace.tb_frame.f_code.co_qualname}"
+        trace = trace.tb_next
+    return "a handler"
 
 
 def place_of(error: BaseException) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from .admission import Admission, Refusal, check_origin, choose_protocol, read
+from .admission import NOBODY, Admission, Refusal, check_origin, choose_protocol, read
 from .connection import CONNECTING, Connection, check_code, sendable
 from .exceptions import CloseCode, EventError, RealtimeError
 from .frames import MAX_MESSAGE
@@ -101,7 +102,7 @@ async def admit(
         return DRAINING
     if isinstance(admission.counter, ConnectionCounter):
         name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
-        if refused := admission.counter.take(ip, name, host.tasks.time()):
+        if refused := admission.counter.take(ip, name, time.monotonic()):
             return too_many(refused)
         if isinstance(user, Refusal):
             admission.counter.release(ip, name)  # a bad token costs its share of the rate, and no slot
@@ -139,7 +140,8 @@ def identify(scope: Scope, admission: Admission, terms: Terms, identity: Identit
     known = wrap(user, scopes=getattr(scope.get("auth"), "scopes", ())) if user is not None else None
     if known is not None:
         return known
-    anonymous = terms.anonymous if terms.anonymous is not None else not admission.guarded
+    guarded = admission.guarded or (user is not None and user is not NOBODY)
+    anonymous = terms.anonymous if terms.anonymous is not None else not guarded
     if not anonymous:
         return NO_IDENTITY
     return guest(admission.handshake.session or secrets.token_urlsafe(12))
@@ -252,7 +254,7 @@ class Diversion:
     async def __call__(self, message: Message) -> None:
         kind, connection = message["type"], self._connection
         if kind == "websocket.send":
-            connection.send_raw(message)
+            await connection.send_raw(message)
         elif kind == "websocket.close":
             connection.begin_close(check_code(message.get("code", 1000)), message.get("reason") or "")
         elif kind == "websocket.accept":

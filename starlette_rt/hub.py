@@ -105,6 +105,7 @@ class Hub:
         self._metrics = metrics
         self.groups: dict[str, Group] = {}
         self.on_crowd: Callable[[str, bool], None] = lambda name, occupied: None
+        self.pressed: bool = False  # the log was full before its turn had ended: who fills it should take a breath
         self._log: list[LogEntry] = []
         self._bytes = 0
         self._touched: set[Target] = set()
@@ -165,6 +166,7 @@ class Hub:
         self._touched.add(target)
         self._bytes += message.size
         if len(self._log) >= MAX_ENTRIES or self._bytes >= MAX_BYTES:
+            self.pressed = True
             self.flush()
         elif not self._scheduled:
             self._scheduled = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, NoReturn, final
 from uuid import UUID
@@ -150,9 +151,15 @@ class Identity(BaseUser):
 
 
 def guest(session: str) -> Identity:
-    """Return the guest of ``session``: ``guest:<session>``, not authenticated, the same on every reconnect."""
+    """Return the guest of ``session``: not authenticated, the same on every reconnect.
+
+    The name is ``guest:`` and a digest, because names are seen by others and the session is a secret: who
+    knew it could come as this guest.
+    """
     user = Identity("guest", display_name="guest")
-    _writer(user)("_identity", _GUEST + session)  # the one name that the constructor refuses to everybody else
+    _writer(user)(
+        "_identity", _GUEST + blake2b(session.encode(), digest_size=12).hexdigest()
+    )  # the one name that the constructor refuses to everybody else
     return user
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
-from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
+from starlette.authentication import AuthCredentials, BaseUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import (
+    NOBODY,
     SERVER_LOGGERS,
     Admission,
     RedactingFilter,
@@ -32,8 +33,6 @@ from .identity import Identity, credentials, wrap
 from .limits import ConnectionCounter, ConnectionLimits
 from .realtime import Realtime
 from .tokens import MAX_TICKET_TTL, Verifier, resolve
-
-NOBODY = UnauthenticatedUser()
 
 
 class RealtimeMiddleware:
@@ -160,8 +159,16 @@ class RealtimeMiddleware:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the `Realtime` around the host's lifespan, and let the server hear of its end only after ours."""
         ended: list[Message] = []
+        heard: list[Message] = []
+        spoken = False
+
+        async def listen() -> Message:
+            heard.append(await receive())
+            return heard[-1]
 
         async def hold_back(message: Message) -> None:
+            nonlocal spoken
+            spoken = True
             if message["type"].startswith("lifespan.shutdown."):
                 ended.append(message)
             else:
@@ -175,11 +182,26 @@ class RealtimeMiddleware:
         try:
             if "state" in scope:
                 scope["state"]["rt"] = self._realtime
-            await self.app(scope, receive, hold_back)
+            try:
+                await self.app(scope, listen, hold_back)
+            except Exception:
+                if spoken:
+                    raise
+            if not spoken:
+                await stand_in(listen, hold_back, started=bool(heard))
         finally:
             await self._realtime.__aexit__()
             for message in ended:  # also that of a host which failed and raised
                 await send(message)
+
+
+async def stand_in(receive: Receive, send: Send, *, started: bool) -> None:
+    """Answer for an app that has no lifespan, so that the `Realtime` around it lives as long as the server."""
+    if not started:
+        await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 def check_settings(realtime: Any, tokens: Any, protect: Any, reject: Any) -> None:

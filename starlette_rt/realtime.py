@@ -119,6 +119,7 @@ class Realtime:
     async def _start(self) -> None:
         self.draining = False
         self.tasks = tasks()
+        self.buckets, self.faults = Buckets(), FaultLog()  # what they keep is in this loop's time
         self._thread = threading.get_ident()
         self._token = current_token()
         self.hub = Hub(self.tasks.schedule, self.metrics)
@@ -210,7 +211,15 @@ class Realtime:
         names = check_name(group), check_name(event, "event")
         publication = Publication(*names, plain, encode(plain), session, ephemeral, key)
         self.metrics.published()
-        return await self._backend.broker.publish(publication)
+        published = await self._backend.broker.publish(publication)
+        if self.hub.pressed:
+            await self.breathe()
+        return published
+
+    async def breathe(self) -> None:
+        """Let the loop write what has been said: one who says much without a pause would fill every outbox."""
+        self.hub.pressed = False
+        await anyio.lowlevel.cancel_shielded_checkpoint()
 
     async def push(self, identity: str, data: Any, event: str = "message") -> Published:
         """Send ``data`` to every connection of one person: a broadcast to the group ``~identity``."""
@@ -287,7 +296,7 @@ class Realtime:
             raise TypeError("disconnect() takes an identity or connection=, one of them")
         check_code(code)
         for each in self._of(identity) if identity is not None else self._with_id(connection):
-            each.begin_close(code, reason)
+            each.begin_close(code, reason or (CloseCode.DISCONNECTED.reason if code == CloseCode.DISCONNECTED else ""))
 
     async def revoke(self, identity: str | None = None, *, token: str | None = None, ttl: float = 86400.0) -> None:
         """Refuse ``identity``, or the token with the id ``token``, for ``ttl`` seconds, and close what it has open."""

@@ -929,10 +929,16 @@ async def test_guests_come_where_the_class_says_or_where_nothing_could_identify_
     Endpoint._prepare()
     app = live(Endpoint, tokens=tokens if guarded else None)
     if enters:
-        session = "s" * 22
-        async with connect(app, "/ws", subprotocols=[f"rt.session.{session}"]) as client:
-            assert await client.receive_json() == [f"guest:{session}", False]
-            assert client.subprotocol is None
+        names = []
+        for session in ("s" * 22, "s" * 22, "t" * 22):
+            async with connect(app, "/ws", subprotocols=[f"rt.session.{session}"]) as client:
+                name, authenticated = await client.receive_json()
+                assert client.subprotocol is None
+            assert not authenticated
+            assert name.startswith("guest:")
+            assert session not in name  # others see the name, and the session is a secret
+            names.append(name)
+        assert names[0] == names[1] != names[2]
     else:
         with pytest.raises(Refused, match="401"):
             async with connect(app, "/ws"):

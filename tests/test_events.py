@@ -131,7 +131,10 @@ def test_only_the_annotation_of_the_message_is_resolved() -> None:
 
 
 def test_a_handler_behind_a_decorator_is_read_as_it_was_written() -> None:
-    @functools.wraps(Chat.dataclass)
+    elsewhere: dict[str, Any] = {"Note": Message}
+    exec("async def on_receive(self, websocket, data: 'Note'): ...", elsewhere)
+
+    @functools.wraps(elsewhere["on_receive"])
     async def wrapper(*args: Any, **options: Any) -> None: ...
 
     decoder = message_decoder(wrapper, 2)

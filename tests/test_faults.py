@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starlette_rt.faults import MAX_PLACES, PERIOD, FaultLog, place_of
+from starlette_rt.faults import MAX_PLACES, PERIOD, FaultLog, culprit, place_of
 
 pytestmark = pytest.mark.unit
 
@@ -46,19 +46,25 @@ def deeper() -> Exception:
 
 def test_a_failure_is_logged_with_its_handler_its_type_and_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     error = here()
-    assert FaultLog().report(error, "app.Chat.on_receive", now=0.0) is True
+    assert FaultLog().report(error, now=0.0) is True
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("starlette_rt.handler", "ERROR")
-    assert record.getMessage() == "app.Chat.on_receive raised KeyError"
+    assert record.getMessage() == f"{__name__}.raised raised KeyError"
     assert record.exc_info is not None
     assert record.exc_info[1] is error
+
+
+def test_the_handler_is_named_and_not_what_of_ours_called_it(caplog: pytest.LogCaptureFixture) -> None:
+    FaultLog().report(raised(lambda: FaultLog().report(None, "no time")), now=0.0)  # type: ignore[arg-type]
+    assert caplog.records[0].getMessage().startswith(f"{__name__}.raised raised")
+    assert culprit(KeyError("never raised")) == "a handler"
 
 
 def test_we_put_no_argument_of_the_handler_into_the_record(caplog: pytest.LogCaptureFixture) -> None:
     def on_receive(data: str) -> object:
         return NOTHING[len(data)]
 
-    FaultLog().report(raised(lambda: on_receive(SECRET)), "app.Chat.on_receive", now=0.0)
+    FaultLog().report(raised(lambda: on_receive(SECRET)), now=0.0)
     assert "in on_receive" in caplog.text, "the traceback names the place"
     assert SECRET not in caplog.text
 
@@ -67,13 +73,13 @@ def test_the_same_place_is_logged_once_a_minute_and_says_how_many_were_held_back
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     log = FaultLog()
-    told = [log.report(here(), "on_receive", now) for now in (100.0, 100.0, 159.9, 160.0, 160.1, 3000.0, 4000.0)]
+    told = [log.report(here(), now) for now in (100.0, 100.0, 159.9, 160.0, 160.1, 3000.0, 4000.0)]
     assert told == [True, False, False, True, False, True, True]
     assert [record.getMessage() for record in caplog.records] == [
-        "on_receive raised KeyError",
-        "on_receive raised KeyError (2 more since its last record)",
-        "on_receive raised KeyError (1 more since its last record)",
-        "on_receive raised KeyError",
+        f"{__name__}.raised raised KeyError",
+        f"{__name__}.raised raised KeyError (2 more since its last record)",
+        f"{__name__}.raised raised KeyError (1 more since its last record)",
+        f"{__name__}.raised raised KeyError",
     ]
 
 
@@ -86,7 +92,7 @@ def test_no_place_is_logged_twice_within_a_minute_and_no_failure_goes_uncounted(
         for after, fail in steps:
             now, error = now + after, fail()
             due = now - logged.get(place_of(error), -PERIOD) >= PERIOD
-            assert log.report(error, "on_receive", now) is due
+            assert log.report(error, now) is due
             if due:
                 logged[place_of(error)] = now
     told = sum(int(number) for record in records for number in re.findall(r"\((\d+) more", record.getMessage()))
@@ -108,12 +114,12 @@ def listening() -> Iterator[list[logging.LogRecord]]:
 
 def test_two_places_are_two_bugs_and_so_are_two_types_at_one_place() -> None:
     log = FaultLog()
-    assert log.report(here(), "on_receive", 0.0)
-    assert log.report(there(), "on_receive", 0.0)
-    assert log.report(deeper(), "on_receive", 0.0)
-    assert not log.report(here(), "on_connect", 0.0)
+    assert log.report(here(), 0.0)
+    assert log.report(there(), 0.0)
+    assert log.report(deeper(), 0.0)
+    assert not log.report(here(), 0.0)
     errors = [raised(lambda kind=kind: raiser(kind)) for kind in (KeyError, ValueError)]  # type: ignore[misc]
-    assert [log.report(error, "on_receive", 0.0) for error in errors] == [True, True]
+    assert [log.report(error, 0.0) for error in errors] == [True, True]
 
 
 def raiser(kind: type[Exception]) -> None:
@@ -135,8 +141,8 @@ def test_a_place_is_the_innermost_line_of_the_traceback() -> None:
 def test_an_error_that_was_never_raised_has_its_type_for_a_place() -> None:
     assert place_of(KeyError("x")) == (KeyError,)
     log = FaultLog()
-    assert log.report(KeyError("x"), "on_receive", 0.0)
-    assert not log.report(KeyError("y"), "on_receive", 0.0)
+    assert log.report(KeyError("x"), 0.0)
+    assert not log.report(KeyError("y"), 0.0)
 
 
 def kinds(number: int) -> list[Exception]:
@@ -145,21 +151,22 @@ def kinds(number: int) -> list[Exception]:
 
 def test_as_many_places_as_are_remembered_are_each_held_back() -> None:
     log, bugs = FaultLog(), kinds(MAX_PLACES)
-    assert all(log.report(bug, "on_receive", 0.0) for bug in bugs)
-    assert not any(log.report(bug, "on_receive", 1.0) for bug in bugs)
+    assert all(log.report(bug, 0.0) for bug in bugs)
+    assert not any(log.report(bug, 1.0) for bug in bugs)
 
 
 def test_one_place_too_many_forgets_only_the_one_that_was_logged_longest_ago() -> None:
     log, bugs = FaultLog(), kinds(MAX_PLACES + 1)
-    for bug in bugs[:-1]:
-        log.report(bug, "on_receive", 0.0)
-    assert log.report(bugs[0], "on_receive", PERIOD), "its minute is over, and it becomes the youngest"
-    assert log.report(bugs[-1], "on_receive", PERIOD)
+    for number, bug in enumerate(bugs[:-1]):
+        log.report(bug, 0.0 if number < 2 else 30.0)
+    assert log.report(bugs[1], PERIOD), "its minute is over, and it becomes the youngest"
+    assert log.report(bugs[-1], PERIOD), "in the place of the first"
     assert len(log._places) == MAX_PLACES
-    assert [log.report(bug, "on_receive", PERIOD + 1) for bug in bugs[:3]] == [False, True, True]
+    assert not any(log.report(bug, PERIOD + 1) for bug in bugs[1:])
+    assert log.report(bugs[0], PERIOD + 1)
 
 
 def test_the_error_itself_is_not_kept_alive() -> None:
     log = FaultLog()
-    log.report(here(), "on_receive", 0.0)
+    log.report(here(), 0.0)
     assert not any(isinstance(part, BaseException) for place in log._places for part in place)

@@ -179,7 +179,9 @@ def test_what_json_has_a_form_for_takes_that_form(value: Any, plain: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "value", [object(), 1j, Exception, Model, range(3), iter([]), {(1, 2): 3}, {None: 1}], ids=repr
+    "value",
+    [object(), 1j, Exception, Model, range(3), iter([]), {(1, 2): 3}, {None: 1}],
+    ids=["object", "complex", "type", "model class", "range", "iterator", "tuple as key", "None as key"],
 )
 def test_what_json_has_no_form_for_is_a_type_error_of_the_caller(value: Any) -> None:
     with pytest.raises(TypeError):

@@ -125,8 +125,14 @@ async def test_a_valid_token_wins_over_the_hosts_user_and_an_invalid_one_is_no_f
             pass
 
 
-async def test_a_host_that_knows_nobody_leaves_a_guest() -> None:
-    async with connect(live(user=UnauthenticatedUser()), "/ws") as client:
+async def test_where_the_host_authenticates_its_strangers_are_guests_only_if_the_endpoint_says_so() -> None:
+    class Open(Whoami):
+        anonymous = True
+
+    assert (await refusal(live(user=UnauthenticatedUser()))).status == 401
+    async with connect(live(Open, user=UnauthenticatedUser()), "/ws") as client:
+        assert (await client.receive_json())[0].startswith("guest:")
+    async with connect(live(), "/ws") as client:  # nobody authenticates here
         assert (await client.receive_json())[0].startswith("guest:")
 
 
@@ -205,6 +211,18 @@ async def test_without_the_denial_extension_a_refusal_is_a_close_before_accept()
 async def test_a_browser_of_ours_is_accepted_and_closed_with_a_code_it_can_read() -> None:
     assert await code_of(live(tokens=tokens), **BROWSER) == (4501, "rt.plain")
     assert await code_of(live(tokens=tokens), **BROWSER, token=expired()) == (4001, "rt.plain")
+
+
+async def test_a_close_before_accept_keeps_its_code_and_its_reason() -> None:
+    class Private(Whoami):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.close(4321, "members only")
+
+    refused = await refusal(live(Private))
+    assert (refused.status, refused.json()["message"]) == (403, "members only")
+    async with connect(live(Private), "/ws", **BROWSER) as client:
+        assert await client.closed() == 4321
+        assert client.close_reason == "members only"
 
 
 @pytest.mark.parametrize(
@@ -452,11 +470,12 @@ async def test_the_hosts_identity_is_the_connections() -> None:
     rt = Realtime()
 
     async def body(connection: Connection) -> None:
-        await connection.push([connection.user.identity, await connection.wait_closed()])
+        await connection.push(connection.user.identity)
+        await connection.wait_closed()
 
     app = functions(rt, body)
     async with connect(app, "/ws", headers={"x-user": "ann"}) as client:
-        await anyio.wait_all_tasks_blocked()
+        assert await client.receive_json() == "ann"
         assert await rt.online(["ann", "bob"]) == {"ann"}
         await rt.push("ann", "for you")
         assert await client.receive_json() == "for you"
@@ -514,7 +533,7 @@ async def test_a_body_may_stop_reading_and_read_on() -> None:
         async for data in connection:
             await connection.push(["first", data])
             break
-        async for data in connection:
+        async for data in aiter(aiter(connection)):
             await connection.push(["then", data])
 
     async with connect(functions(Realtime(), body), "/ws") as client:

@@ -329,6 +329,7 @@ async def test_a_time_limit_inside_a_broken_block_does_not_hold_the_break_back(o
     assert not reached
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"])  # on asyncio an anyio before 4.16 swallows what comes with its own
 async def test_a_break_and_a_time_limit_at_the_same_moment_end_the_block(ours: Tasks) -> None:
     with anyio.fail_after(DEADLINE):
         with ours.breakable() as handle:
@@ -468,7 +469,8 @@ async def test_closing_waits_for_tasks_that_end_by_themselves(
     seen, go = list[str](), anyio.Event()
 
     async def last() -> None:
-        await anyio.lowlevel.checkpoint()
+        for _ in range(5):
+            await anyio.lowlevel.checkpoint()
         seen.append("last")
 
     async def work() -> None:
@@ -543,11 +545,11 @@ async def test_a_task_that_will_not_end_is_left_behind_and_the_log_says_so(
     await happens(began)
     with anyio.fail_after(DEADLINE):
         await ours.close(0)
+    free.set()
+    await happens(ended)
     assert [(record.name, record.levelname, record.getMessage()) for record in errors()] == [
         ("starlette_rt", "ERROR", "1 tasks of starlette_rt did not end when they were cancelled")
     ]
-    free.set()
-    await happens(ended)
 
 
 async def test_a_task_of_ours_may_close_the_others_and_does_not_wait_for_itself(

@@ -291,6 +291,41 @@ async def test_a_server_without_state_is_served_too() -> None:
     assert raised == []
 
 
+async def silent_app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Knows no lifespan and says nothing about it."""
+
+
+async def listening_app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Knows no lifespan, but only finds out when it has heard of it."""
+    await receive()
+    raise AssertionError("what is that?")
+
+
+async def raising_app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Knows no lifespan and says so as ASGI has it."""
+    raise AssertionError("what is that?")
+
+
+@pytest.mark.parametrize("app", [silent_app, listening_app, raising_app])
+async def test_around_an_app_that_knows_no_lifespan_it_lives_as_long_as_the_server(app: ASGIApp) -> None:
+    rt = Realtime()
+    seen: list[bool] = []
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting() -> Message:
+            message = await receive()
+            seen.append(rt.running)
+            return message
+
+        await RealtimeMiddleware(app, realtime=rt)(scope, noting, send)
+
+    said, raised = await drive(watched)
+    assert [message["type"] for message in said] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert raised == []
+    assert seen == [True, True]
+    assert not rt.running
+
+
 async def test_a_host_whose_shutdown_fails_is_heard_by_the_server() -> None:
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

@@ -343,6 +343,21 @@ async def test_on_the_loops_own_thread_it_would_wait_for_itself_and_says_so() ->
                 verb("g", 1)
 
 
+async def test_one_who_says_much_without_a_pause_fills_nobodys_outbox() -> None:
+    rt = Realtime(outbox=OutboxLimits(messages=100))
+    async with crowd(live(rt), "ann") as [(ann, *_)]:
+        for number in range(1000):
+            await rt.broadcast("g", number)
+        assert [await ann.receive_json() for _ in range(1000)] == list(range(1000))
+
+
+async def test_a_disconnect_says_why_where_the_host_does_not() -> None:
+    rt = Realtime()
+    async with crowd(live(rt), "ann") as [(ann, *_)]:
+        await rt.disconnect("ann")
+        assert (await ann.closed(), ann.close_reason) == (CloseCode.DISCONNECTED, "disconnected")
+
+
 # Asking.
 
 
@@ -449,7 +464,7 @@ async def test_disconnect_closes_every_connection_of_one_person_or_one_connectio
             assert await client.closed() == CloseCode.DISCONNECTED
             assert client.close_reason == "bye"
         await rt.disconnect(connection=connection, code=4321)
-        assert await three.closed() == 4321
+        assert (await three.closed(), three.close_reason) == (4321, "")
         await rt.disconnect("nobody")
         await rt.disconnect(connection="none of ours")
         await four.silent()

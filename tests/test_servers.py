@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.peers import (
+    CLOSE,
     PATIENCE,
     Raw,
     Roster,
@@ -42,7 +44,35 @@ pytestmark = pytest.mark.system
 APP = "tests.live:app"
 PAGE = Path(__file__).parent.parent / "docs" / "servers.md"
 OTHERS = ["hypercorn", "granian"]
-DEVIATIONS: dict[tuple[str, str], str] = {}  # (server, test) -> the row of the page
+UVICORNS = ["uvicorn", "uvicorn-rt", "uvicorn-wsproto"]
+CODES = [1000, 1001, 1008, 1009, 1011, 1012, 1013, 3000, 4000, 4999]
+STOP = 10.0  # seconds that a server of any kind has
+
+DEVIATIONS = {  # (server, test) -> the cell of the page that says so
+    ("hypercorn", "test_hooks_run_and_the_peers_close_code_reaches_on_disconnect"): (
+        "`on_disconnect` is told 1006, whatever code the client sent"
+    ),
+    ("hypercorn", "test_text_that_is_no_utf8_closes_with_1007"): (
+        "a frame that RFC 6455 forbids ends the connection without a Close frame"
+    ),
+    ("hypercorn", "test_clients_read_1012_when_the_server_stops"): "a stopping server closes with 1011",
+    ("granian", "test_text_that_is_no_utf8_closes_with_1007"): (
+        "text that is not UTF-8 is answered by a Close frame without a code"
+    ),
+    ("granian", "test_every_code_reaches_the_client_after_the_last_words"): (
+        "a close by the application does not reach the client"
+    ),
+    (
+        "granian",
+        "test_clients_read_1012_when_the_server_stops",
+    ): "a stopping server drops its clients without a Close frame",
+    ("uvicorn-wsproto", "test_uvicorn_answers_text_that_is_no_utf8_with_1007"): (
+        "a frame that RFC 6455 forbids ends the connection without a Close frame"
+    ),
+    ("uvicorn", "test_uvicorn_does_not_log_text_that_is_no_utf8"): (
+        "text that is not UTF-8 leaves an ERROR and a traceback in uvicorn's log"
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -54,8 +84,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _deviation(request: pytest.FixtureRequest) -> None:
     params = getattr(request.node, "callspec", None)
-    key = (params.params.get("server", ""), request.node.originalname) if params else ("", "")
-    if reason := DEVIATIONS.get(key):
+    kind = next(iter(params.params.values()), "") if params else ""
+    if reason := DEVIATIONS.get((kind, request.node.originalname)):
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
@@ -143,12 +173,16 @@ def test_messages_survive_compression_where_it_was_agreed_on(server: Server) -> 
         assert [hear(peer)["n"] for _ in range(100)] == list(range(100))
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1008, 1009, 1011, 1012, 1013, 3000, 4000, 4999])
-def test_every_code_reaches_the_client_after_the_last_words(server: Server, code: int) -> None:
-    with visit(server, name()) as peer:
-        tell(peer, "", steps=[{"do": "push", "data": "last"}, {"do": "close", "code": code, "reason": "bye"}])
-        assert hear(peer) == "last"
-        assert ending(peer) == (code, "bye")
+def test_every_code_reaches_the_client_after_the_last_words(server: Server) -> None:
+    with ExitStack() as stack:
+        peers = {code: stack.enter_context(Raw(server, bearer(server, name()))) for code in CODES}
+        for code, peer in peers.items():
+            close = {"do": "close", "code": code, "reason": "bye"}
+            peer.send(frame(json.dumps({"steps": [{"do": "push", "data": "last"}, close]}).encode()))
+        for code, peer in peers.items():
+            peer.socket.settimeout(3)
+            assert peer.read() == (1, b'"last"')
+            assert peer.read() == (CLOSE, code.to_bytes(2) + b"bye")
 
 
 def test_a_refusal_has_its_status_headers_and_body_and_no_line_in_the_log(server: Server) -> None:
@@ -193,10 +227,45 @@ def test_the_transport_of_a_peer_that_never_reads_is_dropped_too(server: Server)
         deaf.end()
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_at_sigterm_clients_read_1012_and_the_process_ends(kind: str) -> None:
-    with serve(APP, kind) as server, visit(server, "ann") as peer:
-        settle(peer)
+def test_clients_read_1012_when_the_server_stops(stopped: tuple[Server, int | None]) -> None:
+    assert stopped[1] == 1012
+
+
+def test_a_server_stops_soon_and_every_on_disconnect_has_run(stopped: tuple[Server, int | None]) -> None:
+    server = stopped[0]
+    assert server.wait(STOP) in (0, -signal.SIGTERM)
+    assert "1 have been told goodbye" in server.log()
+
+
+@pytest.fixture(params=OTHERS)
+def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Server, int | None]]:
+    """A server that was told to stop while a peer was there, and the code that the peer read."""
+    with serve(APP, request.param) as server, Raw(server, bearer(server, "ann")) as peer:
+        peer.send(frame(b'"here"'))
+        assert peer.read() == (1, b'{"echo":"here"}')
         server.send_signal(signal.SIGTERM)
-        assert ending(peer)[0] == 1012
-        assert server.wait(5.0) in (0, -signal.SIGTERM)
+        try:
+            yield server, peer.close_code()
+        except (EOFError, ConnectionError):
+            yield server, None
+
+
+@pytest.mark.parametrize("kind", UVICORNS)
+def test_uvicorn_answers_text_that_is_no_utf8_with_1007(kind: str) -> None:
+    with serve(APP, kind) as server, Raw(server, bearer(server, "ann")) as peer:
+        peer.send(frame(b"\xff\xfe"))
+        assert peer.close_code() == 1007
+
+
+@pytest.mark.parametrize("kind", UVICORNS)
+def test_uvicorn_does_not_log_text_that_is_no_utf8(kind: str) -> None:
+    with serve(APP, kind) as server:
+        with Raw(server, bearer(server, "ann")) as peer:
+            peer.send(frame(b"\xff\xfe"))
+            eventually(lambda: goodbyes(server, "ann"), bool)
+        assert loud(server.log()) == []
+
+
+def test_every_deviation_is_a_row_of_the_page() -> None:
+    page = PAGE.read_text("utf-8")
+    assert [reason for reason in DEVIATIONS.values() if f"| {reason} |" not in page] == []

@@ -1,4 +1,8 @@
-"""The technologies behind `Realtime`, chosen by the scheme of its URL."""
+"""The technologies behind `Realtime`, chosen by the scheme of its URL.
+
+The law of this folder: each technology in a file of its own, imported when it is asked for and not before; what they
+all promise stands in `base.py`.
+"""
 
 from __future__ import annotations
 
