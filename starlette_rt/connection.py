@@ -23,7 +23,7 @@ from starlette.websockets import WebSocketDisconnect
 from .exceptions import CloseCode, EventError
 from .faults import FaultLog
 from .feed import Watch
-from .frames import Raw, error_frame
+from .frames import Raw, error_frame, size_of
 from .frames import event as event_frame
 from .hub import Batch, Group, Hub, Message, Wire
 from .limits import Buckets, Meter, RateLimit, quote
@@ -322,7 +322,8 @@ class Connection:
         self.paused_at = None
         if self._deadline is None or self._state == CLOSED:
             self._node.watched.pop(self, None)
-        self._pump()
+        if self._state != CONNECTING:
+            self._pump()
 
     def on_closing(self, code: int) -> None:
         """The server shuts down: finish, then close."""
@@ -355,7 +356,7 @@ class Connection:
 
     def _end_with(self, code: int, reason: str, seconds: float) -> None:
         code = code if sendable(code) else int(CloseCode.INTERNAL_ERROR)
-        self._closing = (code, reason.encode()[:123].decode("utf-8", "ignore"))
+        self._closing = (code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore"))
         self.close_code = code
         self._deadline = self._node.tasks.time() + seconds
         self._node.watched[self] = None
@@ -416,7 +417,7 @@ class Connection:
         raw = message.get("text")
         if raw is None:
             raw = message.get("bytes", b"")
-        size = len(raw) if isinstance(raw, bytes) or raw.isascii() else len(raw.encode())
+        size = size_of(raw)
         self._node.metrics.received(size)
         if size > self.max_message_size:
             return self.refuse(EventError("too_large", f"a message has at most {self.max_message_size} bytes"))
@@ -515,8 +516,10 @@ class Connection:
         try:
             self._state = CLOSED
             self._outbox = None
-            if self.paused_at is None:  # else its deadline stands: a Close frame waits to be read
+            if self.paused_at is None:
                 self._node.watched.pop(self, None)
+            elif self._deadline is None:  # else it stands: a Close frame waits to be read
+                self._deadline = self._node.tasks.time() + GIVE_UP
             if self._ended is not None:
                 self._ended.set()
             await self._let_finish()
@@ -553,12 +556,15 @@ class Connection:
         self._pump()
 
     async def send_raw(self, message: AsgiMessage) -> None:
-        """Send what the host spelled itself, in order. Raises `OSError` when the peer has left."""
+        """Send what the host spelled itself, in order.
+
+        Raises `OSError` when the peer has left, `UnicodeEncodeError` for text that is no text.
+        """
         if self._state >= CLOSING:
             raise OSError("the peer has left")
         text = message.get("text")
         data = message.get("bytes", b"") if text is None else text
-        self.say(Raw(data), len(data))
+        self.say(Raw(data), size_of(data))
         if self._node.hub.pressed:
             await self._node.breathe()
 

@@ -89,7 +89,17 @@ def error_frame(error: EventError) -> Error:
     """Return the frame that answers ``error``."""
     after = error.retry_after
     milliseconds = None if after is None else max(1, math.ceil(after * 1000))
-    return Error(error.code, error.message, error.temporary, milliseconds)
+    return Error(printable(error.code), printable(error.message), error.temporary, milliseconds)
+
+
+def size_of(data: str | bytes) -> int:
+    """Return the bytes that ``data`` takes on the wire; raises `UnicodeEncodeError` for a lone surrogate."""
+    return len(data.encode()) if isinstance(data, str) and not data.isascii() else len(data)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without lone surrogates: what an error quotes may hold some, and no wire carries them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def check_name(name: object, what: str = "group") -> str:

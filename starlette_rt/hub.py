@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from .frames import Frame
+from .frames import Frame, size_of
 from .metrics import Metrics
 from .outbox import Entry
 from .protocols.plain import Plain
@@ -54,7 +54,7 @@ class Message:
             spelled = wire.protocol.encode(self.frame)
             entry = None
             if spelled is not None:
-                entry = Entry(wire.carrier.frame(spelled), len(spelled), self.ephemeral, self.key)
+                entry = Entry(wire.carrier.frame(spelled), size_of(spelled), self.ephemeral, self.key)
             self._entries[wire] = entry
             return entry
 

@@ -246,7 +246,9 @@ class Realtime:
     def _deliver(self, publication: Publication) -> None:
         """What the broker brings goes to the members on this node."""
         frame = Event(publication.event, publication.data, publication.json, publication.group)
-        message = Message(frame, len(publication.json), ephemeral=publication.ephemeral, key=publication.key)
+        # The latest of a kind: a cursor of one group must not take the place of a cursor of another.
+        key = None if publication.key is None else f"{publication.group}\n{publication.event}\n{publication.key}"
+        message = Message(frame, len(publication.json), ephemeral=publication.ephemeral, key=key)
         self.hub.deliver(publication.group, message, publication.exclude)
 
     # Asking.

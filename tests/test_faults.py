@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starlette_rt.faults import MAX_PLACES, PERIOD, FaultLog, culprit, place_of
+from starlette_rt.frames import plain_data
 
 pytestmark = pytest.mark.unit
 
@@ -58,6 +59,21 @@ def test_the_handler_is_named_and_not_what_of_ours_called_it(caplog: pytest.LogC
     FaultLog().report(raised(lambda: FaultLog().report(None, "no time")), now=0.0)  # type: ignore[arg-type]
     assert caplog.records[0].getMessage().startswith(f"{__name__}.raised raised")
     assert culprit(KeyError("never raised")) == "a handler"
+
+
+def test_the_frames_of_ours_that_called_the_handler_are_passed_over() -> None:
+    class Broken:
+        def model_dump(self, mode: str) -> object:
+            raise LookupError
+
+    error = raised(lambda: plain_data(Broken()))
+    assert culprit(error) == f"{__name__}.raised"
+    trace = error.__traceback__
+    assert trace is not None
+    assert trace.tb_next is not None
+    error = error.with_traceback(trace.tb_next.tb_next)  # without those of this test: `plain_data` is the first
+    assert culprit(error).startswith(f"{__name__}.")
+    assert culprit(error).endswith(".Broken.model_dump")
 
 
 def test_we_put_no_argument_of_the_handler_into_the_record(caplog: pytest.LogCaptureFixture) -> None:
@@ -155,14 +171,15 @@ def test_as_many_places_as_are_remembered_are_each_held_back() -> None:
     assert not any(log.report(bug, 1.0) for bug in bugs)
 
 
-def test_one_place_too_many_forgets_only_the_one_that_was_logged_longest_ago() -> None:
-    log, bugs = FaultLog(), kinds(MAX_PLACES + 1)
-    for number, bug in enumerate(bugs[:-1]):
+def test_places_too_many_forget_only_those_that_were_logged_longest_ago() -> None:
+    log, bugs = FaultLog(), kinds(MAX_PLACES + 2)
+    for number, bug in enumerate(bugs[:-2]):
         log.report(bug, 0.0 if number < 2 else 30.0)
     assert log.report(bugs[1], PERIOD), "its minute is over, and it becomes the youngest"
-    assert log.report(bugs[-1], PERIOD), "in the place of the first"
+    assert log.report(bugs[-2], PERIOD), "in the place of the first"
+    assert log.report(bugs[-1], PERIOD), "in the place of the third"
     assert len(log._places) == MAX_PLACES
-    assert not any(log.report(bug, PERIOD + 1) for bug in bugs[1:])
+    assert not any(log.report(bug, PERIOD + 1) for bug in [bugs[1], *bugs[3:]])
     assert log.report(bugs[0], PERIOD + 1)
 
 
