@@ -52,6 +52,8 @@ class Feed:
         """Tell ``peer`` the present state of ``group``, and from now on what changes."""
         if how == "members":
             self.unwatch(peer, group)
+            if MEMBERS + group not in self._hub.groups:
+                self._catch_up(group)
             self._hub.say(peer, self._state(group))
             self._hub.join(peer, MEMBERS + group)
         else:
@@ -59,6 +61,13 @@ class Feed:
             self.unwatch(peer, group)
             self._hub.say(peer, Message(PresenceCount(group, count)))
             self._hub.join(peer, COUNT + group)
+
+    def _catch_up(self, group: str) -> None:
+        """Let the first watcher's state hold everything: nobody else has to hear of what is pending."""
+        if self._store.take(group, watched=True) is not None:
+            self._states.pop(group, None)
+            if COUNT + group in self._hub.groups:
+                self._counting[group] = None
 
     def unwatch(self, peer: Peer, group: str) -> None:
         """Tell ``peer`` nothing more of ``group``'s presence."""

@@ -254,7 +254,7 @@ class Diversion:
     async def __call__(self, message: Message) -> None:
         kind, connection = message["type"], self._connection
         if kind == "websocket.send":
-            await connection.send_raw(message)
+            await answer(connection.send_raw, message)
         elif kind == "websocket.close":
             connection.begin_close(check_code(message.get("code", 1000)), message.get("reason") or "")
         elif kind == "websocket.accept":
@@ -288,7 +288,10 @@ def check_going(connection: Connection) -> None:
 
 
 async def answer(send: Send, message: Message) -> None:
-    """Send a part of the answer to a handshake. Raises `WebSocketDisconnect` if the peer has left."""
+    """Send a part of the answer to a handshake, or a message. Raises `WebSocketDisconnect` if the peer has left.
+
+    Starlette makes the same of an `OSError`, but calls the next send a bug: a handler may say more than one thing.
+    """
     try:
         await send(message)
     except OSError:

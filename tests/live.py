@@ -44,6 +44,7 @@ rt = Realtime(
 asleep = Realtime()  # nobody starts it
 tokens = TokenSigner(["a-key-for-the-tests-of-32-bytes!"])
 ended: list[tuple[str, int]] = []  # who has left, with the code that on_disconnect was told
+over: list[bool] = []  # whether the host's own lifespan has ended
 left: list[str] = []  # bodies of the function style that have come to their end
 
 
@@ -79,6 +80,8 @@ class Live(RealtimeEndpoint):
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         ended.append((self.user.identity, close_code))
+        if over:
+            print("INFO:     1 has been told goodbye late", flush=True)
 
     async def do_nothing(self, websocket: WebSocket, data: Any) -> None:
         await self.push({"echo": data})
@@ -313,6 +316,7 @@ async def stats(request: Request) -> JSONResponse:
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """The host's own: it ends after every on_disconnect has run, and says how many did."""
     yield
+    over.append(True)
     print(f"INFO:     {len(ended)} have been told goodbye", flush=True)
 
 

@@ -193,6 +193,19 @@ async def test_who_comes_back_within_the_grace_was_never_away(stage: Stage) -> N
     await stage.stop()
 
 
+async def test_members_can_be_asked_for_by_page_in_the_order_of_their_keys(stage: Stage) -> None:
+    await stage.start()
+    presence = stage.backend.presence
+    for key in ("cleo", "ada", "dan", "bob"):
+        await presence.track("a", key, f"of {key}", {})
+    assert list(await presence.members("a", limit=3)) == ["ada", "bob", "cleo"]
+    assert list(await presence.members("a", after="bob")) == ["cleo", "dan"]
+    assert list(await presence.members("a", after="ada", limit=2)) == ["bob", "cleo"]
+    assert await presence.members("a", after="dan", limit=2) == {}
+    assert await presence.members("nowhere", limit=2) == {}
+    await stage.stop()
+
+
 async def test_an_empty_group_is_forgotten_unless_it_is_watched(stage: Stage) -> None:
     await stage.start()
     presence = stage.backend.presence

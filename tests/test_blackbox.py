@@ -706,6 +706,18 @@ def test_peers_that_vanish_in_the_middle_of_everything_leave_nothing_behind(serv
     eventually(lambda: ask(server, f"/present?group={group}"), lambda now: now == [0, 0, []])  # after the grace
 
 
+def test_what_handlers_say_to_a_peer_that_has_gone_is_no_bug_of_theirs(server: Server) -> None:
+    before = stats(server)
+    me = name()
+    with ExitStack() as stack:
+        for peer in [stack.enter_context(Raw(server, bearer(server, me))) for _ in range(5)]:
+            peer.send(frame(b'{"do":"send","data":1}') * 200 + frame(b'{"do":"push","data":1}') * 10)
+            peer.vanish()
+    now = eventually(lambda: stats(server), lambda now: nothing_is_left(before, now))
+    assert now.get("failed", 0) == before.get("failed", 0)
+    assert len(goodbyes(server, me)) == 5
+
+
 def test_after_all_that_nothing_is_left(server: Server) -> None:
     now = eventually(
         lambda: stats(server), lambda now: not any(now[key] for key in ("connections", "groups", "slow", "alive"))

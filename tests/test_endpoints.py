@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import WebSocketRoute
 from starlette.types import Message, Scope
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketState
 
 from starlette_rt import (
     ConfigurationError,
@@ -211,6 +211,7 @@ async def test_starlette_on_disconnect_gets_the_code_and_may_close_again(caplog:
     class Endpoint(RealtimeEndpoint):
         async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
             codes.append(close_code)
+            assert websocket.client_state is WebSocketState.DISCONNECTED
             await websocket.close(code=close_code)
 
     async with connect(live(Endpoint), "/ws") as client:
@@ -660,6 +661,23 @@ async def test_a_peer_that_leaves_before_accept_leaves_nothing_behind(caplog: py
                     await checkpoint()
         assert rt.stats()["groups"] == 0
     assert loud(caplog) == []
+
+
+async def test_nobody_is_accepted_who_has_left_also_where_the_server_does_not_mind() -> None:
+    sent: list[str] = []
+
+    class Endpoint(RealtimeEndpoint):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await self.connection.wait_closed()
+            await websocket.accept()
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    async with Realtime() as Endpoint.realtime:
+        with anyio.fail_after(PATIENCE):
+            await Endpoint(dict(SCOPE), receiver({"type": "websocket.disconnect", "code": 1006}), send)
+    assert "websocket.accept" not in sent
 
 
 async def test_a_connection_that_ends_while_its_accept_is_on_its_way_is_closed() -> None:

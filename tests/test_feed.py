@@ -61,8 +61,10 @@ class World:
     def spawn(self, function: Callable[..., Any], *args: Any) -> Handle:
         async def run() -> None:
             self.running += 1
-            await function(*args)
-            self.running -= 1
+            try:
+                await function(*args)
+            finally:
+                self.running -= 1
 
         return self._tasks.spawn(run)
 
@@ -192,11 +194,24 @@ async def test_what_cancels_itself_out_within_a_period_is_not_told(alive: Living
 async def test_a_watcher_who_comes_in_the_turn_of_a_change_misses_nothing(alive: Living) -> None:
     async with alive() as world:
         await world.track("ada")
-        watcher = await world.watch()
+        first = await world.watch()
+        await world.track("ben")
+        second = await world.watch()
+        counting = await world.watch("count")
         await world.settle()
-        state, diff = watcher.take()
-        assert state["members"] == {}
-        assert keys(diff, "joins") == ["ada"]
+        (state, diff), (other, same) = first.take(), second.take()
+        assert set(state["members"]) == set(other["members"]) == {"ada"}, "the first state holds what was pending"
+        assert keys(diff, "joins") == keys(same, "joins") == ["ben"]
+        assert counting.take()[0]["count"] == 2
+
+
+async def test_those_who_count_hear_of_what_the_first_watcher_was_told_at_once(alive: Living) -> None:
+    async with alive() as world:
+        counting = await world.watch("count")
+        await world.track("ada")
+        await world.watch()
+        await world.settle()
+        assert [each["count"] for each in counting.take()] == [0, 1]
 
 
 async def test_presence_takes_its_place_in_the_order_of_everything(alive: Living) -> None:
@@ -250,7 +265,7 @@ async def test_a_group_that_is_neither_watched_nor_inhabited_is_forgotten(alive:
         assert not world.store._rosters
         assert not world.hub.groups
         feed = world.feed
-        assert not (feed._dirty or feed._counting or feed._rested or feed._large or feed._states)
+        assert not any([feed._dirty, feed._counting, feed._rested, feed._large, feed._states])
 
 
 async def test_where_nobody_watches_nothing_is_spelled_and_the_diff_is_taken(alive: Living) -> None:
@@ -272,6 +287,19 @@ async def test_after_the_grace_a_member_leaves_by_a_diff(alive: Living) -> None:
         await world.later(1.0)
         (diff,) = watcher.take()
         assert keys(diff, "leaves") == ["ada"]
+
+
+async def test_once_it_is_closed_nothing_more_is_told_and_no_task_runs(alive: Living) -> None:
+    async with alive() as world:
+        world.feed.close()  # nothing runs
+    async with alive() as world:
+        watcher = await world.watch()
+        await world.track("ada")
+        world.feed.close()
+        await world.settle()
+        await world.track("bob")
+        await world.settle()
+        assert [frame["type"] for frame in watcher.take()] == ["presence_state"]
 
 
 # Count

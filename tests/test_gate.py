@@ -633,6 +633,7 @@ async def test_a_refused_handshake_never_gets_to_the_body(accept: bool) -> None:
     app = functions(Realtime(), never, accept=accept, tokens=tokens)
     if accept:
         assert (await code_of(app))[0] == 4501
+        assert (await code_of(app, **BROWSER))[0] == 4501
     else:
         assert (await refusal(app)).status == 401
         assert (await code_of(app, **BROWSER))[0] == 4501
@@ -662,6 +663,16 @@ async def test_accept_lets_guests_in_where_it_says_so(anonymous: bool | None, en
         assert (await refusal(app)).status == 401
 
 
+async def test_accept_gives_its_slot_back() -> None:
+    app = functions(Realtime(), echo, connections=ConnectionLimits(total=1))
+    async with lifespan(app):
+        for _ in range(2):
+            async with connect(app, "/ws") as client:
+                await client.send_json(1)
+                assert await client.receive_json() == 1
+                assert (await refusal(app)).status == 503
+
+
 async def test_accept_takes_an_encoding_and_limits() -> None:
     app = functions(Realtime(), echo, options={"encoding": "text", "limits": [RateLimit("1/hour", per="ip")]})
     async with connect(app, "/ws") as client:
@@ -685,9 +696,9 @@ async def test_a_peer_that_leaves_before_accept_leaves_nothing_behind() -> None:
         raise OSError("the peer has left")
 
     async with lifespan(app):
-        for _ in range(2):
+        for _ in range(2):  # the second finds the slot free again
             await app(scope_of("/ws"), connecting, send)
-            assert rt.stats()["connections"] == 0
+            assert rt.stats() == {"connections": 0, "groups": 0, "slow": 0}
 
 
 async def test_a_server_that_fails_in_the_accept_leaves_nothing_behind() -> None:
@@ -706,7 +717,7 @@ async def test_a_server_that_fails_in_the_accept_leaves_nothing_behind() -> None
         for _ in range(2):
             with pytest.raises(RuntimeError, match="a bug of the server"):
                 await app(scope_of("/ws"), connecting, send)
-            assert rt.stats()["connections"] == 0
+            assert rt.stats() == {"connections": 0, "groups": 0, "slow": 0}
 
 
 async def connecting() -> Message:

@@ -220,6 +220,15 @@ def test_many_bytes_are_flushed_before_their_turn_ends(world: World) -> None:
     assert len(peer.heard) == 2  # the bytes are counted anew
 
 
+def test_a_log_that_was_full_tells_who_fills_it_to_take_a_breath(world: World) -> None:
+    world.peer("a")
+    for number in range(hub_module.MAX_ENTRIES - 1):
+        world.broadcast("a", str(number))
+    assert not world.hub.pressed
+    world.broadcast("a", "last")
+    assert world.hub.pressed
+
+
 def test_a_turn_that_ends_with_an_empty_log_writes_nothing(world: World) -> None:
     peer = world.peer("a")
     world.broadcast("a", "1")
