@@ -88,7 +88,8 @@ class Connection:
     """A client of this process, from before its accept to after its end.
 
     Handlers get it as ``self.connection``, `Realtime.accept` yields it. ``id`` is random and unique,
-    ``user`` the identity, ``groups`` the groups it is in, ``close_code`` the code it ended with.
+    ``user`` the identity, ``groups`` the groups it is in, ``close_code`` the code it ended with. ``session``
+    is what ``exclude=`` takes: the client's own if it brought one, else the ``id``.
     """
 
     __slots__ = (

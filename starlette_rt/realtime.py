@@ -51,7 +51,8 @@ SWEEP = 0.5  # seconds between two looks at deadlines, stalls, expiries and grac
 class Realtime:
     """Everything live in one process.
 
-    ``url`` names the backend: ``memory://`` is this process alone. ``outbox`` bounds what is kept for a slow
+    ``url`` names the backend: ``memory://`` is this process alone; ``backend`` is one of the host's own
+    instead. ``outbox`` bounds what is kept for a slow
     peer, ``presence_grace`` is how many seconds a member stays after its connection ended, ``metrics`` takes
     the counts. Enter it with ``async with``, or let `RealtimeMiddleware` do that; entering nests, and when
     the last one has left it can be started again, in another event loop too.

@@ -451,7 +451,9 @@ async def test_a_close_that_the_peer_does_not_answer_ends_the_connection_all_the
     async with stage.open() as client:
         await stage.connection.close(4321)
         assert await client.closed() == 4321
+        await turns()
         assert stage.codes == []
+        assert stage.connection in stage.rt.watched
         stage.look(stage.rt.outbox.close + 0.1)
         await until(lambda: stage.codes == [4321])
         assert "aborted" not in stage.totals  # it had taken everything
@@ -468,6 +470,7 @@ async def test_what_is_said_in_the_turn_of_the_close_can_be_too_much() -> None:
         client.resume()
         assert await client.closed() == 4000
         assert said(client) == [1]
+    assert stage.codes == [4000]
 
 
 async def test_a_reason_is_cut_to_what_a_close_frame_carries() -> None:
@@ -553,6 +556,7 @@ async def test_what_is_said_before_the_accept_waits_for_it() -> None:
         await turns()
         endpoint.connection.on_pause()
         endpoint.connection.on_resume()  # a transport can be full of what was there before the handshake
+        await turns()
         await websocket.accept()
         await endpoint.push(3)
 
@@ -672,20 +676,28 @@ async def test_after_a_close_of_ours_nothing_more_is_handled() -> None:
     assert stage.heard == [0]
 
 
-async def test_a_full_inbox_makes_the_peer_wait_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_inbox_makes_the_peer_wait_until_half_of_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_INBOX", 4)
-    gate = anyio.Event()
+    gates = [anyio.Event() for _ in range(20)]
 
     async def handle(endpoint: Any, data: Any) -> None:
-        await gate.wait()
+        await gates[data].wait()
 
     stage = Stage(received=handle)
     async with stage.open() as client:
         for number in range(20):
             await client.send_json(number)
         await turns()
-        assert len(client._socket.inbound.messages) >= 15  # the peer's, not ours
-        gate.set()
+        waiting = client._socket.inbound.messages  # the peer's, not ours
+        assert len(waiting) == 15
+        gates[0].set()
+        await turns()
+        assert len(waiting) == 15
+        gates[1].set()
+        await turns()
+        assert len(waiting) == 13
+        for gate in gates:
+            gate.set()
         await until(lambda: stage.heard == list(range(20)))
         assert client.close_code is None
 
@@ -1010,12 +1022,14 @@ async def test_a_handler_that_resists_is_left_to_itself(monkeypatch: pytest.Monk
     stage = Stage(received=resist)
     async with stage.open() as client:
         await client.send_json(1)
+        await client.send_json(2)
         await turns()
         await client.close()
         await until(lambda: stage.codes == [1000])
         assert stage.heard == []
         gate.set()
         await turns()
+        assert stage.heard == [1]
 
 
 # Beside the handlers

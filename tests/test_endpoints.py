@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import WebSocketRoute
 from starlette.types import Message, Scope
-from starlette.websockets import WebSocket, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from starlette_rt import (
     ConfigurationError,
@@ -590,6 +590,26 @@ async def test_divergence_10_sending_to_a_peer_that_has_left_ends_the_handler_qu
         await client.send_json(0)
         await anyio.wait_all_tasks_blocked()
     assert ended == ["left"]
+    assert loud(caplog) == []
+
+
+async def test_divergence_10_a_handler_that_goes_on_talking_to_a_peer_that_has_left_is_no_bug(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[int] = []
+
+    class Endpoint(RealtimeEndpoint):
+        async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+            await self.connection.wait_closed()
+            for number in range(3):
+                with pytest.raises(WebSocketDisconnect):
+                    await websocket.send_json(number)
+                said.append(number)
+
+    async with connect(live(Endpoint), "/ws") as client:
+        await client.send_json(0)
+        await anyio.wait_all_tasks_blocked()
+    assert said == [0, 1, 2]
     assert loud(caplog) == []
 
 
