@@ -110,7 +110,7 @@ class Refusal:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of the HTTP response; ``Retry-After`` has whole seconds, rounded up."""
         found = [(b"content-type", b"application/json")]
-        if self.status == 401:
+        if self.status == 401 and not any(name == b"www-authenticate" for name, _ in self.extra):
             found.append((b"www-authenticate", b"Bearer"))  # RFC 9110 §15.5.2: a 401 must name a scheme
         if self.retry_after is not None:
             found.append((b"retry-after", str(math.ceil(self.retry_after)).encode()))

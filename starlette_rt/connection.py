@@ -76,6 +76,15 @@ class Node(Protocol):
     ) -> Any: ...
 
 
+class Messages(Protocol):
+    """What the client says, for a body that asks for it; ``asked`` is true once one has."""
+
+    asked: bool
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def __anext__(self) -> Any: ...
+
+
 class Script(Protocol):
     """What the host has to say about a connection; the three hooks of an endpoint."""
 
@@ -155,7 +164,7 @@ class Connection:
         self.accepted: bool = False
         self.denied: bool = False  # the host has answered the handshake with a response of its own
         self.paused_at: float | None = None
-        self.messages: Callable[[], AsyncIterator[Any]] | None = None
+        self.messages: Messages | None = None
         self._state = CONNECTING
         self._failures = 0
         self._script: Script | None = None
@@ -252,9 +261,16 @@ class Connection:
         self.begin_close(check_code(code), reason)
 
     async def wait_closed(self) -> None:
-        """Return when the peer has left or the close is done."""
+        """Return when the peer has left or the close is done.
+
+        A body of `Realtime.accept` that only waits, and never asked for a message, takes none: what the
+        client says meanwhile is dropped.
+        """
         if self._state == CLOSED:
             return
+        if self.messages is not None and not self.messages.asked:
+            async for _ in self.messages:
+                pass
         if self._ended is None:
             self._ended = anyio.Event()
         await self._ended.wait()
@@ -578,7 +594,7 @@ class Connection:
     def __aiter__(self) -> AsyncIterator[Any]:
         if self.messages is None:
             raise RuntimeError("this endpoint reads for you; use on_receive")
-        return self.messages()
+        return self.messages
 
 
 def check_code(code: int) -> int:

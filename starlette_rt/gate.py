@@ -24,7 +24,7 @@ from starlette.websockets import WebSocketDisconnect
 from .admission import NOBODY, Admission, Refusal, check_origin, choose_protocol, read
 from .connection import CONNECTING, Connection, check_code, sendable
 from .exceptions import CloseCode, EventError, RealtimeError
-from .frames import MAX_MESSAGE
+from .frames import MAX_MESSAGE, printable
 from .hub import Wire
 from .identity import Identity, credentials, guest, wrap
 from .limits import ConnectionCounter, Meter, RateLimit, Refused
@@ -191,6 +191,7 @@ async def deny(
     if host is not None:
         host.metrics.refused(refusal.status, refusal.code)
     close = code if code is not None and sendable(code) else int(refusal.close_code)
+    refusal = replace(refusal, message=printable(refusal.message))  # it may quote what no wire carries
     reason = refusal.message.encode()[:120].decode("utf-8", "ignore")
     try:
         if not accepted and closes_instead(admission, refusal):
@@ -321,6 +322,7 @@ class Pull:
 
     def __init__(self, connection: Connection, scope: anyio.CancelScope) -> None:
         self._connection, self._scope = connection, scope
+        self.asked = False
         self._offer, self._taken = anyio.create_memory_object_stream[Any](0)
 
     async def connect(self) -> None:
@@ -341,14 +343,12 @@ class Pull:
     async def disconnect(self, code: int) -> None:
         """Nothing: the body has ended."""
 
-    def messages(self) -> AsyncIterator[Any]:
-        """Return the iterator over what the client says; no generator, because a body may break out of it."""
-        return self
-
     def __aiter__(self) -> AsyncIterator[Any]:
+        """What the client says; no generator, because a body may break out of it."""
         return self
 
     async def __anext__(self) -> Any:
+        self.asked = True
         try:
             return await self._taken.receive()
         except (anyio.ClosedResourceError, anyio.EndOfStream):
@@ -390,7 +390,7 @@ class Acceptance:
             await self._accept()
         self._scope.__enter__()
         script = Pull(outcome, self._scope)
-        outcome.messages = script.messages
+        outcome.messages = script
         self._host.tasks.spawn(self._serve, receive, script)
         return outcome
 

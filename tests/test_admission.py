@@ -85,6 +85,13 @@ def test_a_bare_handshake_says_nothing() -> None:
     assert handshake == Handshake(path="/", host=None, origin=None, scheme="ws", ip=None)
 
 
+def test_a_hosts_own_challenge_takes_the_place_of_ours() -> None:
+    challenge = (b"www-authenticate", b'Bearer realm="board"')
+    refusal = Refusal(401, "http_401", "log in", extra=(challenge, (b"x-price", b"1")))
+    assert [name for name, _ in refusal.headers()] == [b"content-type", b"www-authenticate", b"x-price"]
+    assert challenge in refusal.headers()
+
+
 @pytest.mark.parametrize("client", [None, ("", 0)])
 def test_a_unix_socket_has_no_address(client: Any) -> None:
     assert read(scope(client=client)).ip is None

@@ -35,6 +35,7 @@ from starlette_rt import (
     RealtimeMiddleware,
     TokenSigner,
 )
+from starlette_rt.connection import MAX_INBOX
 from starlette_rt.gate import Denied, linger
 from starlette_rt.testing import Refused, connect, lifespan
 
@@ -494,12 +495,27 @@ async def test_a_body_that_only_pushes_waits_for_the_end(accept: bool) -> None:
     app = functions(rt, body, accept=accept)
     async with connect(app, "/ws") as client:
         await anyio.wait_all_tasks_blocked()
-        await client.send_json("nobody asks for this")
+        for number in range(2 * MAX_INBOX):
+            await client.send_json({"keepalive that nobody asks for": number})
+        await anyio.wait_all_tasks_blocked()
         await rt.broadcast("news", 1)
         assert await client.receive_json() == 1
     assert seen == ["here"]
     assert app.state.ended == [True]
     assert rt.stats()["connections"] == 0
+
+
+async def test_waiting_for_the_end_takes_no_message_from_a_body_that_reads() -> None:
+    async def body(connection: Connection) -> None:
+        connection.start_soon(connection.wait_closed)
+        async for data in connection:
+            await anyio.wait_all_tasks_blocked()
+            await connection.push(data)
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        for number in range(5):
+            await client.send_json(number)
+        assert [await client.receive_json() for _ in range(5)] == list(range(5))
 
 
 async def test_a_body_is_cancelled_at_its_next_await_when_the_peer_leaves_and_ends_quietly() -> None:
@@ -752,3 +768,23 @@ async def test_many_bodies_end_when_the_realtime_stops() -> None:
                 while len(app.state.ended) < 3:
                     await checkpoint()
             await stack.aclose()
+
+
+@pytest.mark.parametrize("browser", [False, True], ids=["over HTTP", "by a close code"])
+async def test_a_refusal_that_quotes_half_a_character_is_still_said(browser: bool) -> None:
+    class Endpoint(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            raise EventError("full", "no seat for \ud83d")
+
+    app = live(Endpoint)
+    if browser:
+        async with connect(app, "/ws", origin="http://testserver", subprotocols=["rt.plain"]) as client:
+            await client.closed()
+            assert client.close_reason == "no seat for ?"
+    else:
+        with pytest.raises(Refused) as refused:
+            async with connect(app, "/ws"):
+                pass
+        assert refused.value.json()["message"] == "no seat for ?"
