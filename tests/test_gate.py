@@ -28,6 +28,7 @@ from starlette_rt import (
     CloseCode,
     Connection,
     ConnectionLimits,
+    EventError,
     Identity,
     RateLimit,
     Realtime,
