@@ -322,7 +322,7 @@ class Pull:
 
     def __init__(self, connection: Connection, scope: anyio.CancelScope) -> None:
         self._connection, self._scope = connection, scope
-        self.asked = False
+        self.asked: bool = False
         self._offer, self._taken = anyio.create_memory_object_stream[Any](0)
 
     async def connect(self) -> None:
