@@ -85,6 +85,25 @@ def test_a_bare_handshake_says_nothing() -> None:
     assert handshake == Handshake(path="/", host=None, origin=None, scheme="ws", ip=None)
 
 
+@pytest.mark.parametrize(
+    ("ip", "block"),
+    [
+        (None, None),
+        ("203.0.113.7", "203.0.113.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("unix:/run/app.sock", "unix:/run/app.sock"),
+    ],
+)
+def test_limits_per_address_count_what_one_host_has_for_itself(ip: str | None, block: str | None) -> None:
+    assert (
+        read({"type": "websocket", "path": "/", "client": None if ip is None else (ip, 1), "headers": []}).block
+        == block
+    )
+
+
 def test_a_hosts_own_challenge_takes_the_place_of_ours() -> None:
     challenge = (b"www-authenticate", b'Bearer realm="board"')
     refusal = Refusal(401, "http_401", "log in", extra=(challenge, (b"x-price", b"1")))
