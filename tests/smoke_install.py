@@ -1,6 +1,6 @@
 """Use the installed package as its user would: run by CI with the Python of a fresh venv, far from the sources.
 
-It imports nothing but the package and the standard library, so it finds what a wheel forgot: a file, a dependency,
+It imports nothing but the package, Starlette and the standard library, so it finds what a wheel forgot: a file, a dependency,
 a name. Each function below is one use; a new part of the package adds one.
 """
 
@@ -11,8 +11,14 @@ import importlib.metadata
 import importlib.resources
 import sys
 
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
+
 import starlette_rt
-from starlette_rt import Identity, Realtime, TokenSigner
+from starlette_rt import Identity, Realtime, RealtimeEndpoint, RealtimeMiddleware, TokenSigner
+from starlette_rt.testing import connect
 
 
 def every_promised_name_is_there() -> None:
@@ -38,7 +44,31 @@ def a_token_is_signed_and_verified() -> None:
 
 
 def a_broadcast_without_any_app() -> None:
+    async def two_people_chat() -> None:
+    class Chat(RealtimeEndpoint):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept()
+            await self.join("lobby")
+
+        async def on_receive(self, websocket: WebSocket, data: str) -> None:
+            await self.broadcast("lobby", {"from": self.user.identity, "text": data})
+
+    tokens = TokenSigner(["a-key-for-the-smoke-test-of-32-bytes"])
+    app = Starlette(
+        routes=[WebSocketRoute("/ws", Chat)],
+        middleware=[Middleware(RealtimeMiddleware, realtime=Realtime(), tokens=tokens)],
+    )
+
     async def main() -> None:
+        ann, ben = tokens.sign(Identity("ann")), tokens.sign(Identity("ben"))
+        async with connect(app, "/ws", token=ann) as one, connect(app, "/ws", token=ben) as other:
+            await one.send_json("hello")
+            assert await one.receive_json() == await other.receive_json() == {"from": "ann", "text": "hello"}
+
+    asyncio.run(main())
+
+
+def main() -> None:
         async with Realtime() as rt:
             await rt.broadcast("lobby", {"text": "hello"})
             assert await rt.count("lobby") == 0
@@ -52,6 +82,7 @@ def main() -> None:
     type_checkers_may_read_it()
     a_token_is_signed_and_verified()
     a_broadcast_without_any_app()
+    two_people_chat()
     print(f"starlette-rt {importlib.metadata.version('starlette-rt')} is installed and works")
 
 
