@@ -1,7 +1,7 @@
 """Use the installed package as its user would: run by CI with the Python of a fresh venv, far from the sources.
 
-It imports nothing but the package, Starlette and the standard library, so it finds what a wheel forgot: a file, a dependency,
-a name. Each function below is one use; a new part of the package adds one.
+It imports nothing but the package, Starlette and the standard library, so it finds what a wheel forgot: a file, a
+dependency, a name. Each function below is one use; a new part of the package adds one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ def a_token_is_signed_and_verified() -> None:
 
 
 def a_broadcast_without_any_app() -> None:
-    async def two_people_chat() -> None:
+    async def main() -> None:
+        async with Realtime() as rt:
+            await rt.broadcast("lobby", {"text": "hello"})
+            assert await rt.count("lobby") == 0
+
+    asyncio.run(main())
+
+
+def two_people_chat() -> None:
     class Chat(RealtimeEndpoint):
         async def on_connect(self, websocket: WebSocket) -> None:
             await websocket.accept()
@@ -59,21 +67,13 @@ def a_broadcast_without_any_app() -> None:
         middleware=[Middleware(RealtimeMiddleware, realtime=Realtime(), tokens=tokens)],
     )
 
-    async def main() -> None:
+    async def scene() -> None:
         ann, ben = tokens.sign(Identity("ann")), tokens.sign(Identity("ben"))
         async with connect(app, "/ws", token=ann) as one, connect(app, "/ws", token=ben) as other:
             await one.send_json("hello")
             assert await one.receive_json() == await other.receive_json() == {"from": "ann", "text": "hello"}
 
-    asyncio.run(main())
-
-
-def main() -> None:
-        async with Realtime() as rt:
-            await rt.broadcast("lobby", {"text": "hello"})
-            assert await rt.count("lobby") == 0
-
-    asyncio.run(main())
+    asyncio.run(scene())
 
 
 def main() -> None:
