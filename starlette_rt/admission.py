@@ -193,6 +193,8 @@ def parse_origins(origins: Iterable[str]) -> frozenset[str]:
     """
     if isinstance(origins, str):
         raise ConfigurationError(f"origins is a list: write origins=[{json.dumps(origins)}]")
+    if not isinstance(origins, Iterable):
+        raise ConfigurationError(f'origins is a list, not {origins!r}: write origins=["https://app.example.com"]')
     return frozenset(map(_parse_origin, origins))
 
 
@@ -223,7 +225,7 @@ class RedactingFilter(logging.Filter):
         """Rewrite ``record`` in place; always true."""
         record.msg = _scrub(record.msg)
         if isinstance(record.args, tuple):
-            record.args = tuple(map(_scrub, record.args))
+            record.args = _scrub_headers(tuple(map(_scrub, record.args)))
         elif isinstance(record.args, dict):
             record.args = _scrub_values(record.args)
         return True
@@ -345,6 +347,7 @@ def _complaint(origin: str) -> str:
 
 _IN_QUERY = re.compile(r"""(^|[?&\s"'])([A-Za-z0-9%_.+-]{5,32})=([^& \t\r\n"]+)""")
 _IN_HEADER = re.compile(r"""\b(rt\.token\.|rt\.session\.|bearer\s+)[^\s,;"']+""", re.IGNORECASE)
+_SECRET_HEADERS = frozenset({"cookie", "set-cookie"})
 _IN_COOKIES = re.compile(r"""\b((?:set-)?cookie: ).+""", re.IGNORECASE)
 
 
@@ -364,6 +367,14 @@ def _scrub(value: Any) -> Any:
         return value
     value = _IN_QUERY.sub(lambda found: f"{found[1]}{found[2]}=***" if _is_secret(found[2]) else found[0], value)
     return _IN_COOKIES.sub(r"\1***", _IN_HEADER.sub(r"\1***", value))
+
+
+def _scrub_headers(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hide what follows the name of a secret header: uvicorn logs ``"< %s: %s"`` with both as arguments."""
+    names = ("", *args)
+    return tuple(
+        "***" if str(before).lower() in _SECRET_HEADERS else each for before, each in zip(names, args, strict=False)
+    )
 
 
 def _scrub_values(values: dict[str, Any]) -> dict[str, Any]:

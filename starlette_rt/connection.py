@@ -27,7 +27,7 @@ from .frames import Raw, error_frame, size_of
 from .frames import event as event_frame
 from .hub import Batch, Group, Hub, Message, Wire
 from .limits import Buckets, Meter, RateLimit, quote
-from .loop import Handle, Tasks, within
+from .loop import Handle, Tasks, escapes, within
 from .metrics import Metrics
 from .outbox import OVERFLOW, Outbox, OutboxLimits
 from .seams import Seam
@@ -106,6 +106,7 @@ class Connection:
         "_closing",
         "_context",
         "_deadline",
+        "_dropped",
         "_ended",
         "_failures",
         "_faults",
@@ -175,6 +176,7 @@ class Connection:
         self._faults: tuple[float, ...] | None = None
         self._closing: tuple[int, str] | None = None
         self._deadline: float | None = None
+        self._dropped = False
         self._reader: Handle | None = None
         self._worker: Handle | None = None
         self._working = False
@@ -337,7 +339,7 @@ class Connection:
     def on_resume(self) -> None:
         """The seam takes more."""
         self.paused_at = None
-        if self._deadline is None or self._state == CLOSED:
+        if not self._dropped and (self._deadline is None or self._state == CLOSED):
             self._node.watched.pop(self, None)
         if self._state != CONNECTING:
             self._pump()
@@ -361,6 +363,12 @@ class Connection:
         self._end_with(code, reason, self._node.outbox.close)
         self._pump()
 
+    def expel(self, code: CloseCode) -> None:
+        """Close a peer that abuses us: it has a second to read why, and is itself not read any more."""
+        self.begin_close(code, code.reason)
+        if self._closing is not None:
+            self._drop_soon()
+
     def evict(self, code: CloseCode) -> None:
         """Give up a peer that cannot keep up: drop its backlog, try the Close frame for a second, then abort."""
         self._node.metrics.evicted(code)
@@ -370,6 +378,14 @@ class Connection:
         self._outbox = None
         self._end_with(code, code.reason, GIVE_UP)
         self._seam.close(code, code.reason)
+        self._drop_soon()
+
+    def _drop_soon(self) -> None:
+        """Whatever the peer does now, it is gone in `GIVE_UP`: a flood after the Close would keep the server busy."""
+        self._dropped = True
+        self._deadline = self._node.tasks.time() + GIVE_UP
+        self._node.watched[self] = None
+        self._seam.deafen()
 
     def _end_with(self, code: int, reason: str, seconds: float) -> None:
         code = code if sendable(code) else int(CloseCode.INTERNAL_ERROR)
@@ -458,15 +474,14 @@ class Connection:
         with anyio.move_on_after(PATIENCE):
             await self._room.wait()
         if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
-            self.begin_close(CloseCode.OVERLOADED, CloseCode.OVERLOADED.reason)
+            self.expel(CloseCode.OVERLOADED)
 
     def refuse(self, error: EventError) -> None:
         """Answer bad input to its sender, and close the connection of one who keeps on."""
         self._node.metrics.rejected(error.code)
         wait, faults = quote(self._faults, FAULTS, self._node.tasks.time())
         if wait:
-            code = CloseCode.RATE_LIMITED if error.temporary else CloseCode.PROTOCOL_ERROR
-            return self.begin_close(code, code.reason)
+            return self.expel(CloseCode.RATE_LIMITED if error.temporary else CloseCode.PROTOCOL_ERROR)
         self._faults = faults
         if error.code == "unsupported":
             return self.begin_close(CloseCode.UNSUPPORTED_DATA, error.message)
@@ -508,17 +523,19 @@ class Connection:
             self.refuse(EventError(f"http_{error.status_code}", str(error.detail)))
         except WebSocketDisconnect:
             pass  # the host wrote to a peer that has left
-        except Exception as error:
+        except BaseException as error:
+            if escapes(error):
+                raise
             self._failed(error)
         else:
             self._failures = 0
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Count and log a bug of the host's."""
         self._node.metrics.failed()
         self._node.faults.report(error, self._node.tasks.time())
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.fail(error)
         self._failures += 1
         self.say(error_frame(EventError("internal", "the server failed to handle this message")))
@@ -533,7 +550,7 @@ class Connection:
         try:
             self._state = CLOSED
             self._outbox = None
-            if self.paused_at is None:
+            if self.paused_at is None and not self._dropped:
                 self._node.watched.pop(self, None)
             elif self._deadline is None:  # else it stands: a Close frame waits to be read
                 self._deadline = self._node.tasks.time() + GIVE_UP

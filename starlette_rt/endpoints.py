@@ -58,6 +58,7 @@ from .gate import (
 )
 from .identity import Identity
 from .limits import RateLimit
+from .loop import escapes
 from .protocols.plain import PLAIN, Encoding
 from .realtime import Realtime
 
@@ -92,6 +93,8 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """Read the class once. Raises `ConfigurationError` for a setting or a hook that cannot work."""
         if cls.encoding not in PLAIN:
             raise ConfigurationError(f'{cls.__name__}.encoding: write "json", "text", "bytes" or None')
+        if not isinstance(cls.max_message_size, int) or cls.max_message_size < 1:
+            raise ConfigurationError(f"{cls.__name__}.max_message_size is a number of bytes, 1 or more")
         name = f"{cls.__module__}.{cls.__qualname__}"
         cls._terms = Terms(
             cls.anonymous, parse_origins(cls.origins), cls.encoding, meter_of(name, cls.limits), cls.max_message_size
@@ -109,6 +112,8 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """
         accepted = websocket.application_state is not WebSocketState.CONNECTING
         send = behind_accept(websocket._send) if accepted else websocket._send
+        if taken := [name for name in attributes if hasattr(RealtimeEndpoint, name)]:
+            raise TypeError(f"serve() cannot set {taken[0]}, which every endpoint has; who it is goes to identity=")
         endpoint = cls(websocket.scope, websocket._receive, send)
         vars(endpoint).update(attributes)
         connected = websocket.client_state is not WebSocketState.CONNECTING
@@ -224,12 +229,14 @@ class Hooks:
             await self._endpoint.on_connect(self._websocket)
         except WebSocketDisconnect:
             pass  # the peer has left
-        except Exception as error:
+        except BaseException as error:
+            if escapes(error):
+                raise
             self._failed(error)
         if not connection.accepted and connection.close_code is None:
             connection.abandon()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         connection = self._connection
         refusal = refusal_for(error)
         if refusal is None:

@@ -85,9 +85,14 @@ class EventError(RealtimeError):
 
     ``code`` is a short stable word for programs, ``message`` a sentence for people, ``retry_after``
     the seconds after which trying again makes sense (``None`` or infinity: it does not). It is not logged.
+    Raises `TypeError` for a code or message that is no text, `ValueError` for a negative wait or none at all.
     """
 
     def __init__(self, code: str, message: str = "", *, retry_after: float | None = None) -> None:
+        if not isinstance(code, str) or not isinstance(message, str):
+            raise TypeError('EventError takes a code and a message, both text: EventError("full", "no seat is left")')
+        if retry_after is not None and not retry_after >= 0:
+            raise ValueError(f"retry_after is a number of seconds, 0 or more, not {retry_after!r}")
         super().__init__(code, message)
         self.code: str = code
         self.message: str = message

@@ -23,13 +23,13 @@ from starlette.websockets import WebSocketDisconnect
 
 from .admission import NOBODY, Admission, Refusal, check_origin, choose_protocol, read
 from .connection import CONNECTING, Connection, check_code, sendable
-from .exceptions import CloseCode, EventError, RealtimeError
+from .exceptions import CloseCode, ConfigurationError, EventError, RealtimeError
 from .frames import MAX_MESSAGE, printable
 from .hub import Wire
 from .identity import Identity, credentials, guest, wrap
 from .limits import ConnectionCounter, Meter, RateLimit, Refused
 from .protocols.plain import Encoding
-from .seams import Carrier, seam_for
+from .seams import Carrier, abort_transport, seam_for, stop_reading
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("starlette_rt")
 
 Reject = Literal["auto", "http", "close"]
+
+MOMENT = 0.25  # seconds that a peer refused by a close code has to read it
 
 NOT_RUNNING = Refusal(503, "unavailable", "the realtime service is not running", retry_after=5.0)
 DRAINING = Refusal(503, "unavailable", "the server is restarting", retry_after=2.0)
@@ -77,8 +79,10 @@ class Terms:
 
 def meter_of(name: str, limits: Iterable[RateLimit]) -> Meter | None:
     """Return the meter of a place with these limits, ``None`` if it has none."""
-    limits = tuple(limits)
-    return Meter(name, limits) if limits else None
+    listed = () if isinstance(limits, RateLimit) else tuple(limits)
+    if isinstance(limits, RateLimit) or not all(isinstance(each, RateLimit) for each in listed):
+        raise ConfigurationError(f'{name}: limits is a list of RateLimit: write limits = [RateLimit("20/second")]')
+    return Meter(name, listed) if listed else None
 
 
 def admission_of(scope: Scope, host: Any) -> Admission:
@@ -93,11 +97,19 @@ async def admit(
     """Decide about a handshake; a connection that comes back is registered and holds its slot in the caps."""
     admission = admission_of(scope, host)
     if host is None or not host.running:
-        logger.error("the Realtime is not running; write Middleware(RealtimeMiddleware, realtime=rt) into the app")
+        logger.error(
+            "the Realtime is not running: either Middleware(RealtimeMiddleware, realtime=rt) is missing in the app, or "
+            "no lifespan ran (TestClient wants a `with`, a mounted app its parent's lifespan)"
+        )
         return NOT_RUNNING
-    user, ip = identify(scope, admission, terms, identity), admission.handshake.block
-    if isinstance(user, Identity) and user is not admission.identity and await host.revoked(user):
-        user = REVOKED  # whom a token names was asked for when it was verified
+    ip = admission.handshake.block
+    try:
+        user = identify(scope, admission, terms, identity)
+    except ConfigurationError as error:  # the host's own user has no name, or one that we keep for ourselves
+        host.faults.report(error, host.tasks.time())
+        return FAILED
+    if isinstance(user, Identity) and await host.revoked(user):
+        user = REVOKED  # also a token's: it may have been revoked since the middleware verified it
     if host.draining:
         return DRAINING
     if isinstance(admission.counter, ConnectionCounter):
@@ -192,6 +204,7 @@ async def deny(
         host.metrics.refused(refusal.status, refusal.code)
     close = code if code is not None and sendable(code) else int(refusal.close_code)
     refusal = replace(refusal, message=printable(refusal.message))  # it may quote what no wire carries
+    logger.info("refused %d %s: %s", refusal.status, refusal.code, refusal.message)
     reason = refusal.message.encode()[:120].decode("utf-8", "ignore")
     try:
         if not accepted and closes_instead(admission, refusal):
@@ -201,8 +214,17 @@ async def deny(
             await respond(send, refusal)
             return await linger(receive, send)
         await send({"type": "websocket.close", "code": close, "reason": reason})
+        if accepted or closes_instead(admission, refusal):
+            await part(send)
     except OSError:
         pass  # the peer did not wait for the answer
+
+
+async def part(send: Send) -> None:
+    """Take leave of a peer that was closed as soon as it came: it has a moment to read the code, and is not read."""
+    if stop_reading(send):
+        await anyio.sleep(MOMENT)
+        abort_transport(send)
 
 
 def closes_instead(admission: Admission, refusal: Refusal) -> bool:
@@ -311,7 +333,7 @@ def behind_accept(send: Send) -> Send:
 
 async def forbidden() -> Message:
     """What the host's ``receive*`` meet."""
-    raise RuntimeError("this endpoint reads for you; use on_receive")
+    raise RuntimeError("this endpoint reads for you; use on_receive, or `async for data in connection` in a function")
 
 
 # Function style.
@@ -417,13 +439,16 @@ class Acceptance:
         self._connection.begin_close(code, reason)
         with anyio.CancelScope(shield=True):
             await self._finished.wait()
-        return quiet or isinstance(error, WebSocketException | WebSocketDisconnect)
+        return quiet or isinstance(error, WebSocketException | WebSocketDisconnect | EventError)
 
     def _ending(self, error: BaseException | None) -> tuple[int, str]:
         if error is None or isinstance(error, WebSocketDisconnect):
             return CloseCode.NORMAL, ""
         if isinstance(error, WebSocketException):
             return error.code, error.reason
+        if isinstance(error, EventError):
+            self._connection.refuse(error)
+            return CloseCode.FORBIDDEN, error.message
         code = CloseCode.INTERNAL_ERROR if isinstance(error, Exception) else CloseCode.GOING_AWAY
         return code, code.reason
 
@@ -436,13 +461,16 @@ def release(scope: Scope, connection: Connection) -> None:
         admission.counter.release(connection.ip, user.identity if user.is_authenticated else None)
 
 
-def refusal_for(error: Exception) -> Refusal | None:
+def header_text(text: str) -> bytes:
+    """Return ``text`` as a header may carry it: one line of Latin-1."""
+    return " ".join(text.splitlines()).encode("latin-1", "replace")
+
+
+def refusal_for(error: BaseException) -> Refusal | None:
     """Return the refusal that an exception of ``on_connect`` means, ``None`` if it means nothing of the kind."""
     if isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, f"http_{error.status_code}", str(error.detail))
-        extra = [
-            (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items()
-        ]
+        extra = [(header_text(name).lower(), header_text(value)) for name, value in (error.headers or {}).items()]
         return replace(refusal, extra=tuple(extra))
     if isinstance(error, EventError):
         return Refusal(403, error.code, error.message, retry_after=error.retry_after)

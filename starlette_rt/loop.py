@@ -215,6 +215,20 @@ async def wind_down(
         logger.error("%d tasks of starlette_rt did not end when they were cancelled", len(others()))
 
 
+def escapes(error: BaseException) -> bool:
+    """Whether ``error`` is the loop's business and must go on: a cancellation that somebody asked for, or an interrupt.
+
+    A `SystemExit` of a handler must not end the server, and a `CancelledError` that nobody asked for (a handler
+    awaited a cancelled task of its own) must not end ours.
+    """
+    if isinstance(error, Exception | SystemExit):
+        return False
+    if not isinstance(error, asyncio.CancelledError | BaseExceptionGroup):
+        return True
+    task = asyncio.current_task()
+    return task is None or bool(task.cancelling())
+
+
 async def within(deadline: float, function: Callable[..., Awaitable[object]], *args: Any) -> bool:
     """Await ``function(*args)`` for at most ``deadline`` seconds, unmoved by anyio's cancellation; true if it ended."""
     with anyio.move_on_after(deadline, shield=True) as scope:

@@ -60,7 +60,7 @@ class RealtimeMiddleware:
         query_token: bool = False,
         cookie: str = "rt_token",
     ) -> None:
-        check_settings(realtime, tokens, protect, reject)
+        check_settings(realtime, tokens, protect, reject, connections)
         self.app: ASGIApp = app
         self._realtime = realtime
         self._tokens = tokens
@@ -204,12 +204,14 @@ async def stand_in(receive: Receive, send: Send, *, started: bool) -> None:
     await send({"type": "lifespan.shutdown.complete"})
 
 
-def check_settings(realtime: Any, tokens: Any, protect: Any, reject: Any) -> None:
+def check_settings(realtime: Any, tokens: Any, protect: Any, reject: Any, connections: Any) -> None:
     """Fail at start, with a sentence that says what to write, where something cannot work."""
     if not isinstance(realtime, Realtime):
         raise ConfigurationError("write Middleware(RealtimeMiddleware, realtime=rt) with rt = Realtime()")
     if tokens is not None and not callable(getattr(tokens, "verify", None)):
         raise ConfigurationError('tokens= takes a verifier: TokenSigner(["…"]) or JWTVerifier(key, algorithms=["…"])')
+    if not isinstance(connections, ConnectionLimits | None):
+        raise ConfigurationError("connections= takes ConnectionLimits(total=…, per_ip=…, per_user=…, rate=…)")
     if protect not in ("ours", "all"):
         raise ConfigurationError('protect= is "ours" or "all"')
     if reject not in ("auto", "http", "close"):

@@ -204,13 +204,25 @@ class Realtime:
         is kept. Raises `TypeError` or `ValueError` for what is no data, `NotRunning`, `EventError`
         ``bad_name``, and `Unavailable` where the backend accepts nothing.
         """
-        self._check_running()
         if key is not None and not ephemeral:
             raise ValueError("key= keeps only the latest of a kind; write ephemeral=True with it")
         session = exclude.session if isinstance(exclude, Connection) else exclude
+        if session is not None and not isinstance(session, str):
+            raise TypeError(f"exclude= is a connection or its session, not {type(session).__name__}")
+        return await self._publish(check_name(group), data, event, session, ephemeral, key)
+
+    async def _publish(
+        self,
+        group: str,
+        data: Any,
+        event: str,
+        session: str | None = None,
+        ephemeral: bool = False,
+        key: str | None = None,
+    ) -> Published:
+        self._check_running()
         plain = plain_data(data)
-        names = check_name(group), check_name(event, "event")
-        publication = Publication(*names, plain, encode(plain), session, ephemeral, key)
+        publication = Publication(group, check_name(event, "event"), plain, encode(plain), session, ephemeral, key)
         self.metrics.published()
         published = await self._backend.broker.publish(publication)
         if self.hub.pressed:
@@ -224,7 +236,7 @@ class Realtime:
 
     async def push(self, identity: str, data: Any, event: str = "message") -> Published:
         """Send ``data`` to every connection of one person: a broadcast to the group ``~identity``."""
-        return await self.broadcast(f"~{identity}", data, event)
+        return await self._publish(f"~{person(identity)}", data, event)
 
     def broadcast_sync(self, group: str, data: Any, event: str = "message", **options: Any) -> Published:
         """`broadcast` from a ``def`` route or any other thread; waits for the loop to do it.
@@ -257,6 +269,8 @@ class Realtime:
     async def online(self, identities: Iterable[str]) -> set[str]:
         """Return those of ``identities`` that have a connection."""
         self._check_running()
+        if isinstance(identities, str):
+            raise TypeError("online() takes a list of identities: write rt.online([identity])")
         return {identity for identity in identities if f"~{identity}" in self.hub.groups}
 
     async def presence(self, group: str, *, after: str | None = None, limit: int | None = None) -> dict[str, Member]:
@@ -306,7 +320,7 @@ class Realtime:
         self._check_running()
         if (identity is None) == (token is None):
             raise TypeError("revoke() takes an identity or token=, one of them")
-        rule = f"user:{identity}" if identity is not None else f"token:{token}"
+        rule = f"user:{person(identity)}" if identity is not None else f"token:{token}"
         await self._backend.ledger.revoke(rule, time.time() + ttl)
         affected = self._of(identity) if identity is not None else self._with_token(token)
         for each in affected:
@@ -324,6 +338,8 @@ class Realtime:
         return await self._backend.ledger.claim(key, ttl)
 
     def _of(self, identity: str | None) -> list[Any]:
+        if person(identity).startswith("guest:"):  # guests are in no group of their own
+            return [each for each in self.connections.values() if each.user.identity == identity]
         group = self.hub.groups.get(f"~{identity}")
         return list(group.members) if group is not None else []
 
@@ -421,6 +437,13 @@ class Realtime:
 def expires(connection: Connection) -> float:
     """Return when the connection's token expires, in wall-clock seconds."""
     return connection.user.expires_at or float("inf")
+
+
+def person(identity: object) -> str:
+    """Return ``identity`` if it is the name of one; raises `TypeError` for an `Identity`, which has it."""
+    if isinstance(identity, str):
+        return identity
+    raise TypeError(f"an identity is named by its text: write identity.identity, not {type(identity).__name__}")
 
 
 def workers() -> int:

@@ -10,7 +10,7 @@ announces itself in the scope's extensions under `SEAM_EXTENSION`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.types import Message, Send
@@ -58,6 +58,9 @@ class Seam(Protocol):
     def close(self, code: int, reason: str) -> None:
         """Send the Close frame; nothing can be written after it. A second call does nothing."""
 
+    def deafen(self) -> None:
+        """Read nothing more, also while the Close frame is on its way; where the server allows it."""
+
     def abort(self) -> None:
         """Drop the transport at once; what was not sent is lost."""
 
@@ -78,19 +81,18 @@ ASGI = AsgiCarrier()
 class SendSeam:
     """The seam over ASGI's ``send()``: a task writes what it was handed and ends; none waits while idle."""
 
-    __slots__ = ("_abort", "_busy", "_close", "_listener", "_open", "_paused", "_send", "_spawn", "_writer")
+    __slots__ = ("_busy", "_close", "_deaf", "_listener", "_open", "_paused", "_send", "_spawn", "_writer")
 
     carrier: Carrier = ASGI
     _listener: Listener
 
-    def __init__(self, send: Send, spawn: Callable[..., Handle], abort: Callable[[], object] | None = None) -> None:
+    def __init__(self, send: Send, spawn: Callable[..., Handle]) -> None:
         self._send = send
         self._spawn = spawn
-        self._abort = abort
         self._writer: Handle | None = None
         self._close: Message | None = None
         self._open = True
-        self._busy = self._paused = False
+        self._busy = self._paused = self._deaf = False
 
     def attach(self, listener: Listener) -> None:
         self._listener = listener
@@ -114,8 +116,11 @@ class SendSeam:
         self._close = None
         if self._writer is not None:
             self._writer.cancel()
-        if self._abort is not None:
-            self._abort()
+        abort_transport(self._send)
+
+    def deafen(self) -> None:
+        self._deaf = True
+        stop_reading(self._send)
 
     def _start(self, payload: tuple[Message, ...]) -> None:
         self._busy = True
@@ -133,6 +138,8 @@ class SendSeam:
                     self._listener.on_pause()
             if self._close is not None:
                 await self._send(self._close)
+                if self._deaf:
+                    stop_reading(self._send)  # the server has begun to read again, for the peer's Close
         except Exception:
             # The peer has left while we wrote: OSError on uvicorn, RuntimeError elsewhere. The reader hears of it.
             self._open = False
@@ -150,14 +157,14 @@ class SendSeam:
 def seam_for(scope: Any, send: Send, tasks: Tasks) -> Seam:
     """Return the server's own seam if it brought one, else one over ``send``."""
     seam: Seam | None = (scope.get("extensions") or {}).get(SEAM_EXTENSION)
-    return seam if seam is not None else SendSeam(send, tasks.spawn, partial(abort_transport, send))
+    return seam if seam is not None else SendSeam(send, tasks.spawn)
 
 
-def abort_transport(send: Send) -> bool:
-    """Drop the connection that ``send`` writes to, where the server lets its transport be found.
+def transport_of(send: Send) -> Any:
+    """Return the transport that ``send`` writes to, ``None`` where the server does not let it be found.
 
-    ASGI has no word for this. uvicorn's and hypercorn's ``send`` are methods of objects that hold the
-    transport, possibly inside the closures of middlewares. Returns whether a transport was found.
+    ASGI has no word for it. uvicorn's and hypercorn's ``send`` are methods of objects that hold the
+    transport, possibly inside the closures of middlewares.
     """
     seen: set[int] = set()
     found: list[Any] = [send]
@@ -166,12 +173,32 @@ def abort_transport(send: Send) -> bool:
             continue
         seen.add(id(thing))
         transport = getattr(thing, "transport", None)
-        if callable(abort := getattr(transport, "abort", None)):
-            abort()
-            return True
+        if callable(getattr(transport, "abort", None)):
+            return transport
         found += [getattr(thing, name, None) for name in ("__self__", "__wrapped__", "func", "send", "_send", "writer")]
         found += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if filled(cell)]
-    return False
+    return None
+
+
+def abort_transport(send: Send) -> bool:
+    """Drop the connection that ``send`` writes to; false where its transport cannot be found."""
+    transport = transport_of(send)
+    if transport is not None:
+        transport.abort()
+    return transport is not None
+
+
+def stop_reading(send: Send) -> bool:
+    """Read nothing more from the peer that ``send`` writes to; false where its transport cannot be found.
+
+    A server that has sent a Close reads on until the peer's own, with nothing to hold a flood back: uvicorn
+    on uvloop was kept busy for eight seconds by one peer.
+    """
+    transport = transport_of(send)
+    if transport is not None:
+        with suppress(RuntimeError, AttributeError):  # closing already
+            transport.pause_reading()
+    return transport is not None
 
 
 def filled(cell: Any) -> bool:

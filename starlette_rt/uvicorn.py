@@ -39,7 +39,7 @@ FITS = "0.52.1 to 0.54"  # the versions of uvicorn that this file has been teste
 # set, and the methods of ours that it must call.
 RELIES_ON: Mapping[str, str] = {
     "__init__": "loop conn queue transport handshake_complete close_sent close_timer close_timeout disconnected"
-    " read_paused frames curr_msg_data_type",
+    " read_paused frames curr_msg_data_type handshake_initiated",
     "connection_lost": "disconnected",
     "data_received": "handle_parser_exception",
     "eof_received": "",
@@ -58,7 +58,7 @@ RELIES_ON: Mapping[str, str] = {
     "send_receive_event_to_app": "frames curr_msg_data_type",
     "shutdown": "close_sent close_timer",
 }
-ADDS = ("abort", "attach", "carrier", "close", "write")
+ADDS = ("abort", "attach", "carrier", "close", "deafen", "write")
 
 
 def misfits(base: type, relies_on: Mapping[str, str] = RELIES_ON) -> list[str]:
@@ -147,6 +147,12 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         else:
             self._await_echo()
 
+    def deafen(self) -> None:
+        """Read nothing more from the peer, not even its Close."""
+        if not self.transport.is_closing():
+            self.read_paused = False  # nobody is to resume it
+            self.transport.pause_reading()
+
     def abort(self) -> None:
         """Drop the transport at once; what was not sent is lost."""
         self.transport.abort()
@@ -171,10 +177,11 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         if self._listener is not None and state is State.OPEN and not self._shutting_down:
             self._shutting_down = True
             self._listener.on_closing(1012)
-        elif state is State.OPEN or state is State.CONNECTING or self.close_sent:
+        elif state is State.OPEN or (state is State.CONNECTING and self.handshake_initiated) or self.close_sent:
             super().shutdown()
         else:
-            self.transport.close()  # the peer's Close was answered: uvicorn would try a second one, and raise
+            # The peer's Close was answered, or its handshake never came to an end: uvicorn would speak, and raise.
+            self.transport.close()
         self._end_within(self.shutdown_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:

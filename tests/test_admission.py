@@ -557,3 +557,17 @@ def test_the_filter_works_from_where_servers_log(caplog: pytest.LogCaptureFixtur
 @given(st.text())
 def test_no_text_breaks_a_log_line(text: str) -> None:
     assert isinstance(logged("%s", text), str)
+
+
+def test_what_follows_the_name_of_a_cookie_header_is_hidden_wherever_it_stands() -> None:
+    record = logging.LogRecord("uvicorn.error", logging.DEBUG, "", 0, "< %s: %s", ("Cookie", "rt_token=secret"), None)
+    RedactingFilter().filter(record)
+    assert record.getMessage() == "< Cookie: ***"
+    record = logging.LogRecord("uvicorn.error", logging.DEBUG, "", 0, "< %s: %s", ("cookies", "two"), None)
+    RedactingFilter().filter(record)
+    assert record.getMessage() == "< cookies: two"
+
+
+def test_origins_that_are_no_list_say_what_to_write() -> None:
+    with pytest.raises(ConfigurationError, match="origins is a list"):
+        parse_origins(None)  # type: ignore[arg-type]

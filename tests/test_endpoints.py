@@ -6,6 +6,7 @@ number. Clients are in this process, on asyncio and on trio; nobody sleeps to be
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable
@@ -1140,3 +1141,73 @@ async def test_what_is_said_after_the_connection_closed_itself_raises_no_alarm(
         with pytest.raises(Closed):
             await client.receive()
     assert loud(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "error", [lambda: SystemExit(3), asyncio.CancelledError, lambda: BaseExceptionGroup("two", [SystemExit()])]
+)
+async def test_what_ends_a_process_or_a_task_elsewhere_is_a_bug_of_the_handler_here(
+    error: Callable[[], BaseException], caplog: pytest.LogCaptureFixture, anyio_backend: str
+) -> None:
+    if anyio_backend == "trio" and not isinstance(error(), SystemExit):
+        return  # neither is raised by hand on trio
+
+    class Endpoint(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            if websocket.query_params.get("early"):
+                raise error()
+            await websocket.accept()
+
+        async def on_receive(self, websocket: WebSocket, data: int) -> None:
+            if data == 0:
+                raise error()
+            await self.push(data)
+
+    app = live(Endpoint)
+    async with lifespan(app):
+        async with connect(app, "/ws") as client:
+            for data in (0, 1, 2):
+                await client.send_json(data)
+            assert (await client.receive_json())["code"] == "internal"
+            assert [await client.receive_json(), await client.receive_json()] == [1, 2]
+        with pytest.raises(Refused, match="500"):
+            async with connect(app, "/ws?early=1"):
+                pass
+    assert len(loud(caplog)) == 2
+
+
+async def test_an_event_error_that_is_none_is_a_bug_and_costs_no_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Endpoint(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_receive(self, websocket: WebSocket, data: int) -> None:
+            if data == 404:
+                raise EventError(404, "no such thing")  # type: ignore[arg-type]
+            await self.push(data)
+
+    async with connect(live(Endpoint), "/ws") as client:
+        for data in (404, 1):
+            await client.send_json(data)
+        assert (await client.receive_json())["code"] == "internal"
+        assert await client.receive_json() == 1
+    assert len(loud(caplog)) == 1
+
+
+def test_serve_takes_no_name_that_the_endpoint_has_itself() -> None:
+    class Endpoint(RealtimeEndpoint):
+        board: int | None = None  # a default for what serve() brings
+
+    async def body(websocket: WebSocket) -> None:
+        with pytest.raises(TypeError, match=r"serve\(\) cannot set user.*identity="):
+            await Endpoint.serve(websocket, user=Identity("ada"))
+
+    anyio.run(body, WebSocket({"type": "websocket", "path": "/"}, None, None))  # type: ignore[arg-type]
+
+
+def test_a_message_size_that_is_no_number_says_so() -> None:
+    with pytest.raises(ConfigurationError, match="max_message_size is a number of bytes"):
+        type("Endpoint", (RealtimeEndpoint,), {"max_message_size": "4k"})

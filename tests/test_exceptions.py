@@ -100,3 +100,12 @@ def test_errors_survive_copying_and_pickling_with_their_facts(clone: object) -> 
     event = clone(EventError("full", "no room", retry_after=3.0))
     assert (event.code, event.message, event.retry_after) == ("full", "no room", 3.0)
     assert clone(TokenError("the token has expired", expired=True)).expired is True
+
+
+def test_an_event_error_is_made_of_text_and_a_wait_that_is_one() -> None:
+    for code, message in ((404, "no such thing"), ("no", None)):
+        with pytest.raises(TypeError, match="a code and a message, both text"):
+            EventError(code, message)  # type: ignore[arg-type]
+    for wait in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="retry_after is a number of seconds"):
+            EventError("no", retry_after=wait)

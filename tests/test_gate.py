@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -18,7 +19,7 @@ from fastapi import Depends, FastAPI
 from fastapi import WebSocket as FastAPIWebSocket
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, BaseUser, SimpleUser, UnauthenticatedUser
-from starlette.exceptions import WebSocketException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starlette_rt import (
     CloseCode,
+    ConfigurationError,
     Connection,
     ConnectionLimits,
     EventError,
@@ -35,6 +37,7 @@ from starlette_rt import (
     RealtimeEndpoint,
     RealtimeMiddleware,
     TokenSigner,
+    gate,
 )
 from starlette_rt.connection import MAX_INBOX
 from starlette_rt.gate import Denied, linger
@@ -138,14 +141,28 @@ async def test_where_the_host_authenticates_its_strangers_are_guests_only_if_the
         assert (await client.receive_json())[0].startswith("guest:")
 
 
-async def test_a_user_that_cannot_be_told_from_others_is_an_error_that_the_host_sees() -> None:
+async def test_a_user_that_cannot_be_told_from_others_is_an_error_that_the_host_sees(
+    loud: Callable[[], list[str]],
+) -> None:
     class Nameless(BaseUser):
         is_authenticated = True
         identity = display_name = ""
 
-    with pytest.raises(ValueError, match="Nameless has neither identity nor display_name"):
+    with pytest.raises(Refused) as refused:
         async with connect(live(user=Nameless()), "/ws"):
             pass
+    assert refused.value.status == 500
+    assert len(loud()) == 1
+
+
+async def test_a_host_user_with_a_name_of_ours_fills_no_log(loud: Callable[[], list[str]]) -> None:
+    app = live(user=SimpleUser("~bob"))
+    async with lifespan(app):
+        for _ in range(5):
+            with pytest.raises(Refused, match="500"):
+                async with connect(app, "/ws"):
+                    pass
+    assert len(loud()) == 1, "the host hears of it, once a minute"
 
 
 async def test_a_revoked_identity_is_refused_whoever_names_it() -> None:
@@ -789,3 +806,84 @@ async def test_a_refusal_that_quotes_half_a_character_is_still_said(browser: boo
             async with connect(app, "/ws"):
                 pass
         assert refused.value.json()["message"] == "no seat for ?"
+
+
+async def test_a_refusal_is_told_to_the_host_at_info(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "starlette_rt"), pytest.raises(Refused):
+        async with connect(live(), "/ws", origin="http://elsewhere.example"):
+            pass
+    assert "refused 403 origin: origin http://elsewhere.example refused; add it to" in caplog.text
+
+
+async def test_one_who_was_revoked_on_the_way_in_does_not_get_in() -> None:
+    rt, on_the_way = Realtime(), anyio.Event()
+
+    async def slow(websocket: WebSocket) -> None:
+        on_the_way.set()
+        await anyio.wait_all_tasks_blocked()
+        await Whoami.serve(websocket)
+
+    app = Starlette(
+        routes=[WebSocketRoute("/ws", slow)], middleware=[Middleware(RealtimeMiddleware, realtime=rt, tokens=tokens)]
+    )
+
+    async def come() -> None:
+        with pytest.raises(Refused, match="401"):
+            async with connect(app, "/ws", token=token("eve")):
+                pass
+
+    async with lifespan(app), anyio.create_task_group() as group:
+        group.start_soon(come)
+        await on_the_way.wait()
+        await rt.revoke("eve")
+
+
+async def test_an_event_error_of_a_body_is_answered_and_quiet() -> None:
+    async def body(connection: Connection) -> None:
+        async for data in connection:
+            await connection.join(data)
+
+    async with connect(functions(Realtime(), body), "/ws") as client:
+        await client.send_json("~ada")
+        answer = await client.receive_json()
+        assert (answer["type"], answer["code"]) == ("error", "bad_name")
+        assert await client.closed() == CloseCode.FORBIDDEN
+
+
+async def test_a_header_of_the_hosts_refusal_is_one_line_of_latin_1() -> None:
+    class Endpoint(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            raise HTTPException(402, headers={"X-Price": "5 \u20ac\r\nSet-Cookie: a=b"})
+
+    with pytest.raises(Refused) as refused:
+        async with connect(live(Endpoint), "/ws"):
+            pass
+    assert refused.value.headers["x-price"] == "5 ? Set-Cookie: a=b"
+    assert "set-cookie" not in refused.value.headers
+
+
+def test_limits_that_are_none_say_what_to_write() -> None:
+    for limits in (RateLimit("1/second"), ["20/second"]):
+        with pytest.raises(ConfigurationError, match=r"limits = \[RateLimit"):
+            type("Endpoint", (RealtimeEndpoint,), {"limits": limits})
+
+
+async def test_a_peer_refused_by_a_code_is_read_no_more_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOMENT", 0.0)
+    done: list[str] = []
+    transport = SimpleNamespace(abort=lambda: done.append("aborted"), pause_reading=lambda: done.append("deaf"))
+
+    class Server:
+        """What uvicorn's ``send`` is a method of."""
+
+        transport: Any
+
+        async def send(self, message: Message) -> None:
+            done.append(message["type"])
+
+    server = Server()
+    server.transport = transport
+    await gate.part(server.send)
+    assert done == ["deaf", "aborted"]

@@ -787,3 +787,8 @@ async def test_nothing_that_stays_with_a_connection_keeps_the_token() -> None:
         await client.receive_json()
     assert seen[0].handshake.token is None
     assert secret not in repr(seen[0])
+
+
+def test_connections_that_are_no_limits_say_what_to_write() -> None:
+    with pytest.raises(ConfigurationError, match="connections= takes ConnectionLimits"):
+        RealtimeMiddleware(Starlette(), realtime=Realtime(), connections={"total": 1})  # type: ignore[arg-type]

@@ -660,3 +660,61 @@ async def test_the_workers_are_those_of_the_command_line_or_of_the_environment(
         await checkpoint()
     warning = f"memory:// reaches one process only, and {count} workers run; use one worker"
     assert loud(caplog) == ([warning] if count > 1 else [])
+
+
+async def test_a_guest_can_be_sent_away_by_name() -> None:
+    class Guests(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept()
+            await self.push(self.user.identity)
+
+    rt = Realtime()
+    app = Starlette(routes=[WebSocketRoute("/", Guests)], middleware=[Middleware(RealtimeMiddleware, realtime=rt)])
+    async with connect(app, "/") as one, connect(app, "/") as other:
+        await rt.disconnect(await one.receive_json())
+        assert await one.closed() == CloseCode.DISCONNECTED
+        assert one.close_reason == "disconnected"
+        await other.receive_json()
+        await other.silent()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "Ada\u3000L", "\U0001f469\u200d\U0001f4bb"])
+async def test_whoever_can_be_an_identity_can_be_pushed_to(name: str) -> None:
+    async with Realtime() as rt:
+        assert (await rt.push(Identity(name).identity, 1)).shared == "yes"
+
+
+async def test_an_identity_is_named_by_its_text_and_anything_else_says_so() -> None:
+    async with Realtime() as rt:
+        for call in (rt.push(Identity("eve"), 1), rt.revoke(Identity("eve")), rt.disconnect(Identity("eve"))):  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match=r"write identity\.identity"):
+                await call
+        with pytest.raises(TypeError, match="a connection or its session"):
+            await rt.broadcast("a", 1, exclude=Identity("eve"))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="list of identities"):
+            await rt.online("eve")
+
+
+async def test_a_long_broadcast_without_a_pause_evicts_nobody() -> None:
+    class Members(RealtimeEndpoint):
+        anonymous = True
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept()
+            await self.join("all")
+
+        async def on_receive(self, websocket: WebSocket, data: int) -> None:
+            for number in range(data):
+                await (self.push(number) if number % 2 else websocket.send_json(number))
+
+    rt = Realtime(outbox=OutboxLimits(messages=100))
+    app = Starlette(routes=[WebSocketRoute("/", Members)], middleware=[Middleware(RealtimeMiddleware, realtime=rt)])
+    async with connect(app, "/") as client:
+        for number in range(2000):
+            await rt.broadcast("all", number)
+        assert [await client.receive_json() for _ in range(2000)] == list(range(2000))
+        await client.send_json(2000)
+        assert [await client.receive_json() for _ in range(2000)] == list(range(2000))
+    assert not any(fact.startswith("evicted") for fact in rt.stats())

@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Message
 
 from starlette_rt.loop import tasks
-from starlette_rt.seams import ASGI, SEAM_EXTENSION, SendSeam, abort_transport, seam_for
+from starlette_rt.seams import ASGI, SEAM_EXTENSION, SendSeam, abort_transport, seam_for, stop_reading
 
 pytestmark = pytest.mark.unit
 
@@ -56,8 +56,9 @@ class Stage:
         self.heard: list[str] = []
         self.tasks: list[Task] = []
         self.full = self.gone = False
-        self.aborted = 0
-        self.seam = SendSeam(self.send, self.spawn, self.abort)
+        self.aborted = self.deafened = 0
+        self.transport = self  # a server's send is a method of what holds the transport
+        self.seam = SendSeam(self.send, self.spawn)
         self.seam.attach(self)
 
     async def send(self, message: Message) -> None:
@@ -74,6 +75,9 @@ class Stage:
 
     def abort(self) -> None:
         self.aborted += 1
+
+    def pause_reading(self) -> None:
+        self.deafened += 1
 
     def on_pause(self) -> None:
         self.heard.append("pause")
@@ -211,10 +215,35 @@ def test_an_idle_seam_is_aborted_too(stage: Stage) -> None:
 
 def test_a_server_without_a_transport_to_drop_only_loses_its_writer() -> None:
     stage = Stage(eager=True)
-    seam = SendSeam(stage.send, stage.spawn)
+    seam = SendSeam(discard, stage.spawn)
     seam.attach(stage)
+    seam.deafen()
     seam.abort()
     assert not seam.write((ASGI.frame("1"),))
+    assert (stage.aborted, stage.deafened) == (0, 0)
+
+
+def test_a_deaf_seam_reads_nothing_before_its_close_and_nothing_after_it(stage: Stage) -> None:
+    stage.seam.deafen()
+    assert stage.deafened == 1
+    stage.seam.close(4003, "enough")
+    stage.run()
+    assert stage.deafened == 2, "the server had begun to read again, for the peer's Close"
+
+
+def test_a_seam_that_is_not_deaf_goes_on_reading_for_the_peers_close(stage: Stage) -> None:
+    stage.seam.close(1000, "")
+    stage.run()
+    assert stage.deafened == 0
+
+
+def test_a_transport_that_is_closing_need_not_stop_reading() -> None:
+    def refuse() -> None:
+        raise RuntimeError("Transport is closing")
+
+    transport = types.SimpleNamespace(abort=lambda: None, pause_reading=refuse)
+    assert stop_reading(types.SimpleNamespace(transport=transport))  # type: ignore[arg-type]
+    assert not stop_reading(discard)
 
 
 # Which seam a connection gets

@@ -1015,3 +1015,44 @@ def test_uvicorn_finds_the_class_by_its_name(anew: Callable[[], ModuleType]) -> 
     config = uvicorn.Config(lambda: None, ws="starlette_rt.uvicorn:RealtimeWebSocketProtocol", log_config=None)
     config.load()
     assert config.ws_protocol_class is anew().RealtimeWebSocketProtocol
+
+
+@pytest.mark.system
+def test_a_handshake_that_never_ends_does_not_stop_the_servers_shutdown(site: Site) -> None:
+    # websockets takes no more than 128 header lines; httptools has no such bound and hands the upgrade over.
+    lines = [f"X-{number}: 1" for number in range(200)]
+    head = ["GET / HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket", *lines, "", ""]
+    with socket.create_connection(("127.0.0.1", site.port), timeout=PATIENCE) as peer:
+        peer.sendall("\r\n".join(head).encode())
+
+        def pending() -> list[Any]:
+            held = site.server.server_state.connections
+            return [each for each in held if isinstance(each, RealtimeWebSocketProtocol)]
+
+        site.until(lambda: bool(pending()))
+        site.call(lambda: pending()[0].shutdown())
+        site.forgotten()
+
+
+@pytest.mark.system
+def test_a_deaf_seam_reads_nothing_more_and_its_close_still_arrives(site: Site) -> None:
+    with Deaf(site) as peer:
+        peer.shake_hands()
+        visit = site.visit()
+        site.call(visit.accepted.is_set)
+
+        def expel() -> None:
+            visit.seam.close(4003, "enough")
+            visit.seam.deafen()
+
+        site.call(expel)
+        for _ in range(3):
+            peer.protocol.send_text(b"flood")
+            peer.flush()
+        before = len(visit.events)
+        site.call(visit.seam.abort)
+        assert peer.read_to_end() == ([], 4003)
+        assert visit.done.wait(PATIENCE)
+        assert len(visit.events) <= before + 1, "nothing but the disconnect"
+        site.call(visit.seam.deafen)  # a second time, on what has ended: nothing
+        site.forgotten()
