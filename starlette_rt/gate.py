@@ -98,8 +98,8 @@ async def admit(
     admission = admission_of(scope, host)
     if host is None or not host.running:
         logger.error(
-            "the Realtime is not running: either Middleware(RealtimeMiddleware, realtime=rt) is missing in the app, or "
-            "no lifespan ran (TestClient wants a `with`, a mounted app its parent's lifespan)"
+            "the Realtime is not running; write Middleware(RealtimeMiddleware, realtime=rt) into the app, and see that "
+            "its lifespan runs (a TestClient wants a `with`, a mounted app its parent's lifespan)"
         )
         return NOT_RUNNING
     ip = admission.handshake.block
@@ -333,7 +333,12 @@ def behind_accept(send: Send) -> Send:
 
 async def forbidden() -> Message:
     """What the host's ``receive*`` meet."""
-    raise RuntimeError("this endpoint reads for you; use on_receive, or `async for data in connection` in a function")
+    raise RuntimeError("this endpoint reads for you; use on_receive")
+
+
+async def unread() -> Message:
+    """What they meet in the body of `Realtime.accept`."""
+    raise RuntimeError("the connection reads for you; write `async for data in connection`")
 
 
 # Function style.
@@ -405,6 +410,7 @@ class Acceptance:
             raise Denied(outcome.message)
         self._connection, self._finished = outcome, anyio.Event()
         take_over(websocket, outcome, send, choose_protocol(admission_of(scope, self._host).handshake.protocols))
+        websocket._receive = unread
         self._scope = anyio.CancelScope()
         if accepted:
             outcome.opened()

@@ -652,7 +652,7 @@ async def test_the_hosts_websocket_speaks_through_the_connection() -> None:
             await connection.push(1)
             await websocket.send_json(2)
             await connection.push(3)
-            with pytest.raises(RuntimeError, match="this endpoint reads for you"):
+            with pytest.raises(RuntimeError, match="the connection reads for you; write `async for"):
                 await websocket.receive_text()
             await websocket.close(4321)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.peers import Member, Raw, ask, bearer, eventually, hear, hello, loud, settle, visit
+from tests.peers import Member, Raw, ask, bearer, eventually, frame, hear, hello, loud, settle, stats, visit
 from tests.servers import Server, serve
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(150)]
@@ -175,3 +175,11 @@ def read_slowly(peer: Raw, hurry: threading.Event, seen: list[Any]) -> None:
             return
         seen.append(json.loads(payload)["n"])
         hurry.wait(0.2)
+
+
+def test_a_peer_that_floods_on_after_its_close_is_dropped_and_disturbs_nobody(server: Server) -> None:
+    with visit(server, "neighbour") as neighbour, Raw(server, bearer(server, "flooder")) as flooder:
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):  # forty megabytes fit into no buffer
+            flooder.send(frame(b"x") * 6_000_000)
+        settle(neighbour)
+        assert eventually(lambda: stats(server), lambda seen: seen["alive"] == 1)["disconnected.4502"] == 1
