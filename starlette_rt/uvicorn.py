@@ -249,7 +249,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     def _await_echo(self) -> None:
         """Read on until the peer's Close arrives, for ``close_timeout`` at most."""
         if self.read_paused:
-            self.read_paused = False
+            self.read_paused: bool = False
             self.transport.resume_reading()
         self.close_timer: TimerHandle | None = self.loop.call_later(self.close_timeout, self.transport.abort)
 
