@@ -102,24 +102,42 @@ async def admit(
             "its lifespan runs (a TestClient wants a `with`, a mounted app its parent's lifespan)"
         )
         return NOT_RUNNING
-    ip = admission.handshake.block
+    user = await recognise(host, scope, admission, terms, identity)
+    if host.draining:
+        return DRAINING
+    if refused := take_slot(admission, user):
+        return too_many(refused)
+    return user if isinstance(user, Refusal) else enter(host, scope, send, terms, admission, user)
+
+
+async def recognise(
+    host: Any, scope: Scope, admission: Admission, terms: Terms, identity: Identity | None
+) -> Identity | Refusal:
+    """Return who it is, if they may come now."""
     try:
         user = identify(scope, admission, terms, identity)
     except ConfigurationError as error:  # the host's own user has no name, or one that we keep for ourselves
         host.faults.report(error, host.tasks.time())
         return FAILED
     if isinstance(user, Identity) and await host.revoked(user):
-        user = REVOKED  # also a token's: it may have been revoked since the middleware verified it
-    if host.draining:
-        return DRAINING
-    if isinstance(admission.counter, ConnectionCounter):
-        name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
-        if refused := admission.counter.take(ip, name, time.monotonic()):
-            return too_many(refused)
-        if isinstance(user, Refusal):
-            admission.counter.release(ip, name)  # a bad token costs its share of the rate, and no slot
-    if isinstance(user, Refusal):
-        return user
+        return REVOKED  # also a token's: it may have been revoked since the middleware verified it
+    return user
+
+
+def take_slot(admission: Admission, user: Identity | Refusal) -> Refused | None:
+    """Count the handshake against the caps; one that is refused costs its share of the rate, and no slot."""
+    if not isinstance(admission.counter, ConnectionCounter):
+        return None
+    ip = admission.handshake.block
+    name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
+    refused = admission.counter.take(ip, name, time.monotonic())
+    if refused is None and isinstance(user, Refusal):
+        admission.counter.release(ip, name)
+    return refused
+
+
+def enter(host: Any, scope: Scope, send: Send, terms: Terms, admission: Admission, user: Identity) -> Connection:
+    """Return the connection of one who may come in, registered."""
     seam = seam_for(scope, send, host.tasks)
     connection = Connection(
         host,
@@ -128,7 +146,7 @@ async def admit(
         user,
         id=(id := secrets.token_urlsafe(12)),
         session=admission.handshake.session or id,
-        ip=ip,
+        ip=admission.handshake.block,
         meter=terms.meter,
         max_message_size=terms.max_message_size,
     )
