@@ -1193,3 +1193,23 @@ async def test_one_who_says_much_without_a_pause_lets_it_be_written() -> None:
     async with stage.open() as client:
         await until(lambda: len(client.pending) == 600)
         assert said(client) == list(range(600))
+
+
+async def test_one_who_has_left_need_not_be_dropped_for_what_is_still_refused() -> None:
+    left = anyio.Event()
+
+    async def refuse(endpoint: Any, data: Any) -> None:
+        await left.wait()
+        raise EventError("no")
+
+    stage = Stage(received=refuse)
+    async with stage.open() as client:
+        for number in range(60):
+            await client.send_json(number)
+        await client.close()
+        await turns()
+        left.set()
+        await until(lambda: bool(stage.codes))
+        assert not stage.rt.watched
+    assert stage.codes == [1000]
+    assert stage.rt.stats()["rejected.no"] == 60
