@@ -29,6 +29,7 @@ from starlette_rt import (
     Realtime,
     RealtimeEndpoint,
     RealtimeMiddleware,
+    realtime,
 )
 from starlette_rt import connection as module
 from starlette_rt.connection import Connection
@@ -39,6 +40,13 @@ pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
 DEADLINE = 5.0  # seconds that any wait of these tests may take
 Hook = Callable[..., Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second that a peer is given, and the sweeper's half second, are a few turns here."""
+    monkeypatch.setattr(module, "GIVE_UP", 0.05)
+    monkeypatch.setattr(realtime, "SWEEP", 0.02)
 
 
 class Stage:
