@@ -6,7 +6,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-BENCH ?= limits idle fanout
+BENCH ?= limits http idle fanout
 
 .PHONY: help demo test lint docs bench
 .PRECIOUS: $(VENV)/.python $(VENV)/.ready-%

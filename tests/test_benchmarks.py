@@ -121,3 +121,9 @@ def test_rounds_go_there_and_back_again() -> None:
     from tests.benchmarks.common import interleaved
 
     assert "".join(interleaved("ABC", 3)) == "ABCCBAABC"
+
+
+def test_http_prints_the_price_of_a_request() -> None:
+    assert re.fullmatch(
+        r"bare [\d.]+ µs, through the middleware [\d.]+ µs: -?[\d.]+ µs for each HTTP request\n", bench("http")
+    )
