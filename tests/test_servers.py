@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -240,6 +241,8 @@ def test_a_server_stops_soon_and_every_on_disconnect_has_run(stopped: tuple[Serv
 @pytest.fixture(params=OTHERS)
 def stopped(request: pytest.FixtureRequest) -> Iterator[tuple[Server, int | None]]:
     """A server that was told to stop while a peer was there, and the code that the peer read."""
+    if request.param == "hypercorn" and sys.version_info >= (3, 12):
+        pytest.xfail("hypercorn does not stop while a WebSocket is open, from Python 3.12 on; plain Starlette too")
     with serve(APP, request.param) as server, Raw(server, bearer(server, "ann")) as peer:
         peer.send(frame(b'"here"'))
         assert peer.read() == (1, b'{"echo":"here"}')
