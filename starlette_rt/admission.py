@@ -208,11 +208,6 @@ def authorization_header(token: str) -> tuple[bytes, bytes]:
     return b"authorization", b"Bearer " + token.encode("latin-1", "replace")
 
 
-def redact(query_string: bytes) -> bytes:
-    """Return the query string with ``***`` for the value of each ``token`` and ``ticket``."""
-    return b"&".join(map(_redacted, query_string.split(b"&")))
-
-
 class RedactingFilter(logging.Filter):
     """Takes the secrets of a handshake out of log records: ``logging.getLogger("uvicorn.error").addFilter(…)``.
 
@@ -353,11 +348,6 @@ _IN_COOKIES = re.compile(r"""\b((?:set-)?cookie: ).+""", re.IGNORECASE)
 
 def _is_secret(name: str) -> bool:
     return unquote_plus(name).lower() in _SECRETS
-
-
-def _redacted(pair: bytes) -> bytes:
-    name, equals, _ = pair.partition(b"=")
-    return name + equals + b"***" if equals and _is_secret(name.decode("latin-1")) else pair
 
 
 def _scrub(value: Any) -> Any:
