@@ -8,6 +8,7 @@ from __future__ import annotations
 from .backends.base import Published
 from .connection import Connection
 from .endpoints import RealtimeEndpoint
+from .events import Whisper, event
 from .exceptions import (
     CloseCode,
     ConfigurationError,
@@ -17,6 +18,7 @@ from .exceptions import (
     TokenError,
     Unavailable,
 )
+from .history import History, Position, Publication
 from .identity import Identity
 from .limits import ConnectionLimits, RateLimit
 from .metrics import Metrics
@@ -34,12 +36,15 @@ __all__ = [
     "Connection",
     "ConnectionLimits",
     "EventError",
+    "History",
     "Identity",
     "JWTVerifier",
     "Member",
     "Metrics",
     "NotRunning",
     "OutboxLimits",
+    "Position",
+    "Publication",
     "Published",
     "RateLimit",
     "Realtime",
@@ -50,4 +55,6 @@ __all__ = [
     "TokenError",
     "TokenSigner",
     "Unavailable",
+    "Whisper",
+    "event",
 ]

@@ -141,7 +141,12 @@ class Admission:
     origins: frozenset[str] = frozenset()
     counter: Any = None  # the caps of the middleware, a ConnectionCounter
     reject: Literal["auto", "http", "close"] = "auto"
-    guarded: bool = False  # whether the middleware can verify tokens
+    verifier: Any = None  # the middleware's, a tokens.Verifier
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the middleware can verify tokens."""
+        return self.verifier is not None
 
 
 def read(scope: Mapping[str, Any], *, cookie: str = "rt_token", query_token: bool = False) -> Handshake:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -20,10 +21,12 @@ from starlette.types import Message as AsgiMessage
 from starlette.types import Receive
 from starlette.websockets import WebSocketDisconnect
 
-from .exceptions import CloseCode, EventError
+from . import dialogue
+from .dialogue import Dialogue, Volley
+from .exceptions import CloseCode, EventError, Unavailable
 from .faults import FaultLog
 from .feed import Watch
-from .frames import Raw, error_frame, size_of
+from .frames import Goodbye, Joined, Ping, Raw, Welcome, error_frame, size_of
 from .frames import event as event_frame
 from .hub import Batch, Group, Hub, Message, Wire
 from .limits import Buckets, Meter, RateLimit, quote
@@ -33,7 +36,10 @@ from .outbox import OVERFLOW, Outbox, OutboxLimits
 from .seams import Seam
 
 if TYPE_CHECKING:
+    from .history import Position
     from .identity import Identity
+
+PING = Message(Ping())  # spelled once for each wire
 
 CONNECTING, OPEN, CLOSING, CLOSED = range(4)
 
@@ -56,10 +62,13 @@ class Node(Protocol):
     buckets: Buckets
     outbox: OutboxLimits
     watched: dict[Connection, None]
+    idle_timeout: float | None
 
     def forget(self, connection: Connection, /) -> None: ...
+    def come_back(self) -> int: ...
+    def welcome(self, connection: Connection, /) -> Welcome: ...
     async def breathe(self) -> None: ...
-    async def join(self, connection: Connection, group: str, presence: Watch | None, /) -> None: ...
+    async def join(self, connection: Connection, group: str, presence: Watch | None, /) -> Position | None: ...
     async def leave(self, connection: Connection, group: str, /) -> None: ...
     async def track(self, connection: Connection, group: str, meta: Any, /) -> None: ...
     async def update(self, connection: Connection, group: str, meta: Any, /) -> None: ...
@@ -83,10 +92,11 @@ class Messages(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Any]: ...
     async def __anext__(self) -> Any: ...
+    def events(self) -> AsyncIterator[Any]: ...
 
 
-class Script(Protocol):
-    """What the host has to say about a connection; the three hooks of an endpoint."""
+class Script(dialogue.Script, Protocol):
+    """What the host has to say about a connection; the hooks of an endpoint."""
 
     async def connect(self) -> None: ...
     async def receive(self, raw: str | bytes, /) -> None: ...
@@ -103,9 +113,12 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
+        "_again",
+        "_beside",
         "_closing",
         "_context",
         "_deadline",
+        "_dialogue",
         "_dropped",
         "_ended",
         "_failures",
@@ -124,14 +137,18 @@ class Connection:
         "_worker",
         "_working",
         "accepted",
+        "active_at",
         "close_code",
         "denied",
+        "due",
+        "heard",
         "id",
         "ip",
         "max_message_size",
         "memberships",
         "messages",
         "paused_at",
+        "pinged",
         "session",
         "tracked",
         "user",
@@ -166,12 +183,19 @@ class Connection:
         self.denied: bool = False  # the host has answered the handshake with a response of its own
         self.paused_at: float | None = None
         self.messages: Messages | None = None
+        self.heard: bool = True
+        self.pinged: bool = False
+        self.active_at: float = 0.0
+        self.due: int = 0
         self._state = CONNECTING
+        self._dialogue: Dialogue | None = None
+        self._again = 0.0
+        self._beside: set[Handle] | None = None
         self._failures = 0
         self._script: Script | None = None
         self._context: Context | None = None
         self._outbox: Outbox | None = None
-        self._inbox: deque[str | bytes] | None = None
+        self._inbox: deque[Any] | None = None  # raw messages, or the requests of a dialogue
         self._own: dict[str, tuple[float, ...]] | None = None
         self._faults: tuple[float, ...] | None = None
         self._closing: tuple[int, str] | None = None
@@ -205,17 +229,21 @@ class Connection:
         """Whether what is said to it may still arrive."""
         return self._state == OPEN
 
-    async def join(self, group: str, *, presence: Watch | None = None) -> None:
+    async def join(self, group: str, *, presence: Watch | None = None) -> Position | None:
         """Join ``group``; from now on its broadcasts arrive. Joining twice is joining once.
 
-        ``presence="members"`` also sends who is present and every change, ``"count"`` their number.
-        Raises `EventError` ``bad_name``.
+        Returns the group's present `Position` if it has a history. ``presence="members"`` also sends who is
+        present and every change, ``"count"`` their number. Raises `EventError` ``bad_name``, and `Unavailable`
+        where the history cannot be read.
         """
-        await self._node.join(self, group, presence)
+        return await self._node.join(self, group, presence)
 
     async def leave(self, group: str) -> None:
         """Leave ``group`` and its presence; leaving what one is not in is nothing."""
+        was_in = self._node.hub.has(self, group)
         await self._node.leave(self, group)
+        if was_in and self._dialogue is not None:
+            await self._dialogue.left(group)
 
     async def broadcast(
         self,
@@ -236,6 +264,17 @@ class Connection:
         self.say(frame, len(frame.json))
         if self._node.hub.pressed:
             await self._node.breathe()
+
+    async def call(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
+        """Ask this client something, and return what it answers.
+
+        Raises `TimeoutError` after ``timeout`` seconds, `EventError` for what the client refused,
+        `WebSocketDisconnect` if it leaves first, `RuntimeError` for a client that is not on a protocol with
+        answers, and `TypeError` or `ValueError` for what is no data.
+        """
+        if self._dialogue is None:
+            raise RuntimeError("this client speaks the plain protocol, which has no answers; call() needs rt.v1")
+        return await self._dialogue.call(event, data, timeout)
 
     async def track(self, group: str, meta: Any = None) -> None:
         """Be present in ``group`` with ``meta``, a JSON object of at most 4 kB; joining it is not needed.
@@ -283,18 +322,37 @@ class Connection:
             return
         if self._tasks is None:
             self._tasks = set()
-        tasks = self._tasks
+        self._spawn(self._tasks, partial(self.guard, function, *args))
 
+    def beside(self, function: Handler, *args: Any) -> None:
+        """Run a handler beside the others; at the end it has the time that they have."""
+        if self._beside is None:
+            self._beside = set()
+        self._spawn(self._beside, partial(function, *args))
+
+    def _spawn(self, tasks: set[Handle], function: Callable[[], Awaitable[object]]) -> None:
         async def run() -> None:
             try:
-                await self._guard(function, *args)
+                await function()
             finally:
                 tasks.discard(handle)
+                if self._room is not None:
+                    self._room.set()
 
         handle: Handle = self._node.tasks.spawn(_after_start(run), context=copy_context())
         tasks.add(handle)
 
     # What leaves.
+
+    def joined(self, group: str, position: Position | None) -> None:
+        """The host has joined this client to ``group``: one that can will ask for what it missed."""
+        if self.wire.v1 is not None:
+            self.say(Joined(group, position))
+
+    def greet(self) -> None:
+        """Say the first frame, where the protocol has one."""
+        if self.wire.v1 is not None:
+            self.say(self._node.welcome(self))
 
     def say(self, frame: Any, size: int = 0) -> None:
         """Say one frame to this client, in order with everything else."""
@@ -323,10 +381,12 @@ class Connection:
     def _pump(self) -> None:
         """Hand over the backlog until the seam pauses or nothing is left; then close if that was asked."""
         while self._outbox is not None and self.paused_at is None:
-            entries = self._outbox.take()
+            entries, lapsed = self._outbox.take(self._node.tasks.time())
             if not self._outbox:
                 self._outbox = None
-            if not self._seam.write(self._seam.carrier.join([entry.payload for entry in entries])):
+            if lapsed:
+                self._node.metrics.dropped(lapsed)
+            if entries and not self._seam.write(self.wire.join(entries)):
                 self._outbox = None  # the transport is closing: nothing can arrive any more
         if self._outbox is None and self._closing is not None and self.paused_at is None:
             self._seam.close(*self._closing)
@@ -356,6 +416,8 @@ class Connection:
             return
         if self._state == CONNECTING:
             return self._break(code, reason)
+        if code == CloseCode.SERVICE_RESTART and self.wire.v1 is not None:
+            self.say(Goodbye(code, reason, self._node.come_back()))
         self._node.hub.settle_peer(self)
         if self._state != OPEN:  # the flush itself has evicted it
             return
@@ -379,6 +441,12 @@ class Connection:
         self._end_with(code, code.reason, GIVE_UP)
         self._seam.close(code, code.reason)
         self._drop_soon()
+
+    def give_up(self, code: CloseCode) -> None:
+        """Close a peer of which nothing was heard: it hardly reads any more."""
+        self.begin_close(code, code.reason)
+        if self._closing is not None:
+            self._deadline = self._node.tasks.time() + GIVE_UP
 
     def _drop_soon(self) -> None:
         """Whatever the peer does now, it is gone in `GIVE_UP`: a flood after the Close would keep the server busy."""
@@ -422,6 +490,8 @@ class Connection:
         ``disconnect``. Cancelling the caller ends the connection; the ending itself is not cancelled.
         """
         self._script = script
+        if self.wire.v1 is not None:
+            self._dialogue = Dialogue(self, self._node, script)
         self._context = copy_context()
         self._start_work()
         try:
@@ -451,22 +521,56 @@ class Connection:
         if raw is None:
             raw = message.get("bytes", b"")
         size = size_of(raw)
+        self.heard = True
         self._node.metrics.received(size)
         if size > self.max_message_size:
             return self.refuse(EventError("too_large", f"a message has at most {self.max_message_size} bytes"))
-        if self._meter is not None and (wait := self._check(self._meter, size)):
+        if self._dialogue is not None:
+            return self._dialogue.arrived(raw, size)
+        if wait := self.must_wait(size):
             return self.refuse(EventError("rate_limited", "too many messages", retry_after=wait))
+        self.enqueue(raw)
+
+    def enqueue(self, message: Any) -> None:
+        """Let ``message`` wait for its handler."""
+        if self._node.idle_timeout is not None:
+            self.active_at = self._node.tasks.time()
         if self._inbox is None:
             self._inbox = deque()
-        self._inbox.append(raw)
+        self._inbox.append(message)
         if not self._working:
             self._start_work()
 
-    def _check(self, meter: Meter, size: int) -> float:
+    @property
+    def backlog(self) -> int:
+        """How many messages wait for their handler, or are handled beside the others."""
+        return (len(self._inbox) if self._inbox else 0) + (len(self._beside) if self._beside else 0)
+
+    @property
+    def room(self) -> int:
+        """The bytes that may wait for this client."""
+        return self._node.outbox.bytes
+
+    def must_wait(self, size: int, meter: Meter | None = None) -> float:
+        """Take one message from the limits of this place, or of ``meter``; return the seconds to wait if it may not."""
+        if (meter := meter or self._meter) is None:
+            return 0.0
         if self._own is None:
             self._own = {}
         user = self.user.identity if self.user.is_authenticated else None
         return meter.check(self._own, self._node.buckets, user, self.ip, size, self._node.tasks.time())
+
+    # Heartbeats; see heartbeat.Patient.
+
+    @property
+    def answers_pings(self) -> bool:
+        """Whether the client's protocol knows pings."""
+        return self.wire.v1 is not None
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        if self._state == OPEN:
+            self._node.hub.say(self, PING)
 
     async def _wait_for_room(self) -> None:
         """Let the peer wait, as TCP can, but not so long that its pongs go unread; then it is too much for us."""
@@ -476,16 +580,25 @@ class Connection:
         if self._inbox is not None and len(self._inbox) >= MAX_INBOX:
             self.expel(CloseCode.OVERLOADED)
 
-    def refuse(self, error: EventError) -> None:
+    def refuse(self, error: EventError, ref: int | None = None) -> None:
         """Answer bad input to its sender, and close the connection of one who keeps on."""
         self._node.metrics.rejected(error.code)
-        wait, faults = quote(self._faults, FAULTS, self._node.tasks.time())
-        if wait:
-            return self.expel(CloseCode.RATE_LIMITED if error.temporary else CloseCode.PROTOCOL_ERROR)
-        self._faults = faults
+        if self._counts(error):
+            wait, faults = quote(self._faults, FAULTS, self._node.tasks.time())
+            if wait:
+                return self.expel(CloseCode.RATE_LIMITED if error.temporary else CloseCode.PROTOCOL_ERROR)
+            self._faults = faults
         if error.code == "unsupported":
             return self.begin_close(CloseCode.UNSUPPORTED_DATA, error.message)
-        self.say(error_frame(error))
+        self.say(error_frame(error, ref))
+
+    def _counts(self, error: EventError) -> bool:
+        """Whether a refusal counts against the client: not if it has waited as long as it was told to."""
+        if error.retry_after is None:
+            return True
+        now, again = self._node.tasks.time(), self._again
+        self._again = max(again, now + error.retry_after)
+        return now < again
 
     # The handlers.
 
@@ -501,32 +614,44 @@ class Connection:
             if self._state == CONNECTING:
                 await self._script.connect()
             while self._inbox and self._closing is None:
-                raw = self._inbox.popleft()
+                message = self._inbox.popleft()
                 if self._room is not None and len(self._inbox) <= MAX_INBOX // 2:
                     self._room.set()
-                await self._guard(self._script.receive, raw)
+                if self._dialogue is not None:
+                    await self._dialogue.serve(message)
+                else:
+                    await self.guard(self._script.receive, message)
         finally:
             self._inbox = self._worker = None
             self._working = False
             if self._room is not None:
                 self._room.set()
 
-    async def _guard(self, function: Handler, *args: Any) -> None:
-        """Run host code: a refusal is answered, a close closes, a bug is logged and answered ``internal``."""
+    async def guard(self, function: Handler, *args: Any, ref: int | None = None, batch: Volley | None = None) -> None:
+        """Run host code: a refusal is answered, a close closes, a bug is logged and answered ``internal``.
+
+        The answer is to the request ``ref``; a temporary refusal stops ``batch``.
+        """
         try:
             await function(*args)
         except EventError as error:
-            self.refuse(error)
+            if batch is not None and error.temporary:
+                batch.stopped = True
+            self.refuse(error, ref)
+        except Unavailable as error:
+            if batch is not None:
+                batch.stopped = True
+            self.refuse(EventError("unavailable", str(error), retry_after=1.0), ref)
         except WebSocketException as error:
             self.begin_close(error.code, error.reason)
         except HTTPException as error:
-            self.refuse(EventError(f"http_{error.status_code}", str(error.detail)))
+            self.refuse(EventError(f"http_{error.status_code}", str(error.detail)), ref)
         except WebSocketDisconnect:
             pass  # the host wrote to a peer that has left
         except BaseException as error:
             if escapes(error):
                 raise
-            self._failed(error)
+            self._failed(error, ref)
         else:
             self._failures = 0
 
@@ -535,10 +660,10 @@ class Connection:
         self._node.metrics.failed()
         self._node.faults.report(error, self._node.tasks.time())
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException, ref: int | None) -> None:
         self.fail(error)
         self._failures += 1
-        self.say(error_frame(EventError("internal", "the server failed to handle this message")))
+        self.say(error_frame(EventError("internal", "the server failed to handle this message"), ref))
         if self._failures >= MAX_FAILURES:
             self.begin_close(CloseCode.INTERNAL_ERROR, CloseCode.INTERNAL_ERROR.reason)
 
@@ -556,11 +681,15 @@ class Connection:
                 self._deadline = self._node.tasks.time() + GIVE_UP
             if self._ended is not None:
                 self._ended.set()
+            if self._dialogue is not None:
+                self._dialogue.ended()
             await self._let_finish()
+            if self._dialogue is not None:
+                await self._dialogue.hush()
             self._node.forget(self)
             if self.accepted:
                 code = self.close_code if self.close_code is not None else CloseCode.GOING_AWAY
-                await within(PATIENCE, self._guard, self._script.disconnect, code)
+                await within(PATIENCE, self.guard, self._script.disconnect, code)
                 self._node.metrics.disconnected(code)
             self.memberships = ()
         finally:
@@ -570,13 +699,19 @@ class Connection:
         """Give the handlers their time, then cancel them and what was started beside them."""
         for handle in tuple(self._tasks or ()):
             handle.cancel()
-        if self._working and not await within(PATIENCE, self._idle) and self._worker is not None:
+        if self._busy and not await within(PATIENCE, self._idle):
             self._inbox = None
-            self._worker.cancel()
+            for handle in (self._worker, *(self._beside or ())):
+                if handle is not None:
+                    handle.cancel()
             await within(GIVE_UP, self._idle)
 
+    @property
+    def _busy(self) -> bool:
+        return self._working or bool(self._beside)
+
     async def _idle(self) -> None:
-        while self._working:
+        while self._busy:
             self._room = anyio.Event()
             await self._room.wait()
 
@@ -607,6 +742,16 @@ class Connection:
         self._break(CloseCode.FORBIDDEN)
 
     # Reading as an iterator, for `Realtime.accept`.
+
+    def events(self) -> AsyncIterator[Any]:
+        """What the client says, as (event, data, group), whatever the name of the event.
+
+        ``async for data in connection`` takes ``message`` alone. Raises `RuntimeError` on an endpoint, which reads
+        by itself.
+        """
+        if self.messages is None:
+            raise RuntimeError("this endpoint reads for you; declare a handler with @event")
+        return self.messages.events()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         if self.messages is None:

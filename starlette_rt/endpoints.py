@@ -27,21 +27,31 @@ is ours. It diverges from Starlette's `dispatch` on purpose, each number with a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import msgspec
 from starlette.endpoints import WebSocketEndpoint
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from .admission import Refusal, choose_protocol, parse_origins
+from .admission import Refusal, parse_origins
 from .backends.base import Published
 from .connection import Connection
-from .events import Decoder, ModelDecoder, check_handler, message_decoder
+from .dialogue import accepted_data, check_joined
+from .events import (
+    DeclaredWhisper,
+    Handler,
+    Whisper,
+    check_handler,
+    handlers_of,
+    message_decoder,
+    whispers_of,
+)
 from .exceptions import CloseCode, ConfigurationError, EventError
 from .feed import Watch
-from .frames import MAX_MESSAGE
+from .frames import MAX_MESSAGE, Emit, plain_data
 from .gate import (
     FAILED,
     NOT_ACCEPTED,
@@ -54,13 +64,19 @@ from .gate import (
     meter_of,
     refusal_for,
     release,
+    renewed,
+    spoken,
     take_over,
 )
-from .identity import Identity
+from .history import Position
+from .identity import Identity, credentials
 from .limits import RateLimit
 from .loop import escapes
-from .protocols.plain import PLAIN, Encoding
+from .protocols.plain import PLAIN, Encoding, Plain, enveloped
 from .realtime import Realtime
+
+# What every endpoint has, and what it is called with: the number of the last argument, self being 0.
+HOOKS = {"on_connect": 1, "on_receive": 2, "on_disconnect": 2, "authorize": 1, "on_track": 2, "snapshot": 1}
 
 
 class RealtimeEndpoint(WebSocketEndpoint):
@@ -68,21 +84,26 @@ class RealtimeEndpoint(WebSocketEndpoint):
 
     Class settings: ``anonymous`` lets guests in (by default they may come where nothing could identify
     anybody), ``origins`` adds origins to the middleware's, ``limits`` are the rate limits of messages,
-    ``encoding`` is ``"json"``, ``"text"``, ``"bytes"`` or ``None``, ``max_message_size`` bounds a message in
-    bytes, ``realtime`` is used where no middleware is.
+    ``encoding`` is ``"json"``, ``"text"``, ``"bytes"`` or ``None``, ``whispers`` are what clients may say to each
+    other without you, ``max_message_size`` bounds a message in bytes, ``realtime`` is used where no middleware
+    is. Typed handlers are declared with `event`; what no handler takes goes to ``on_receive`` if it is called
+    ``message``.
     """
 
     anonymous: ClassVar[bool | None] = None
     origins: ClassVar[Iterable[str]] = ()
     limits: ClassVar[Iterable[RateLimit]] = ()
     encoding: Encoding = "json"
+    whispers: ClassVar[Mapping[str, Whisper]] = {}
     max_message_size: ClassVar[int] = MAX_MESSAGE
     realtime: ClassVar[Realtime | None] = None
 
     connection: Connection
 
     _terms: ClassVar[Terms]
-    _decoder: ClassVar[Decoder | ModelDecoder | None]
+    _handlers: ClassVar[dict[str, Handler]]
+    _message: ClassVar[Handler]  # on_receive
+    _whispers: ClassVar[dict[str, DeclaredWhisper]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -99,9 +120,14 @@ class RealtimeEndpoint(WebSocketEndpoint):
         cls._terms = Terms(
             cls.anonymous, parse_origins(cls.origins), cls.encoding, meter_of(name, cls.limits), cls.max_message_size
         )
-        for hook, parameter in ((cls.on_connect, 1), (cls.on_receive, 2), (cls.on_disconnect, 2)):
-            check_handler(hook, parameter)
-        cls._decoder = message_decoder(cls.on_receive, 2) if cls.encoding == "json" else None
+        for hook, parameter in HOOKS.items():
+            check_handler(getattr(cls, hook), parameter)
+        decoder = message_decoder(cls.on_receive, 2) if cls.encoding == "json" else None
+        cls._message = Handler("message", cls.on_receive, decoder)
+        cls._handlers = handlers_of(cls)
+        cls._whispers = whispers_of(cls, cls.whispers)
+        if cls.encoding != "json" and (cls._handlers or cls._whispers):
+            raise ConfigurationError(f'{cls.__name__}: events and whispers are JSON; write encoding = "json"')
 
     @classmethod
     async def serve(cls, websocket: WebSocket, *, identity: Identity | None = None, **attributes: Any) -> None:
@@ -127,11 +153,11 @@ class RealtimeEndpoint(WebSocketEndpoint):
         if not connected:
             await self.receive()
         scope, realtime = self.scope, self._realtime()
-        outcome = await admit(realtime, scope, self.send, self._terms, identity)
+        outcome = await admit(realtime, scope, self.send, self._terms, identity, accepted=accepted)
         if isinstance(outcome, Refusal):
             return await deny(scope, self.receive, self.send, outcome, realtime, accepted=accepted)
         self.connection = outcome
-        hooks = Hooks(self, self._websocket(outcome))
+        hooks = Hooks(self, self._websocket(outcome), realtime)
         try:
             await outcome.serve(self.receive, hooks)
         finally:
@@ -152,9 +178,25 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """Return the `WebSocket` of the hooks, which speaks through the connection."""
         websocket = WebSocket(self.scope, self.receive, self.send)
         websocket.client_state = WebSocketState.CONNECTED
-        offered = admission_of(self.scope, None).handshake.protocols
-        take_over(websocket, connection, self.send, choose_protocol(offered))
+        take_over(websocket, connection, self.send, spoken(admission_of(self.scope, None), self.encoding))
         return websocket
+
+    # What a client may do; hooks beside Starlette's three.
+
+    async def authorize(self, group: str) -> bool:
+        """Whether the client may join ``group`` itself; by default it may join none. Asked again after a refresh."""
+        return False
+
+    async def on_track(self, group: str, meta: dict[str, Any]) -> Any:
+        """Return the meta with which the client is present in ``group`` as it asks; by default it is refused."""
+        raise EventError("forbidden", "clients do not track themselves here")
+
+    async def snapshot(self, group: str) -> Any:
+        """Return the present content of ``group``, for a client that missed more than its history holds.
+
+        What is said after this was called is sent after it. By default there is none: the client fetches.
+        """
+        return msgspec.UNSET
 
     # The verbs.
 
@@ -163,9 +205,9 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """Who the client is; a guest has an identity too."""
         return self.connection.user
 
-    async def join(self, group: str, *, presence: Watch | None = None) -> None:
+    async def join(self, group: str, *, presence: Watch | None = None) -> Position | None:
         """See `Connection.join`."""
-        await self.connection.join(group, presence=presence)
+        return await self.connection.join(group, presence=presence)
 
     async def leave(self, group: str) -> None:
         """See `Connection.leave`."""
@@ -191,6 +233,10 @@ class RealtimeEndpoint(WebSocketEndpoint):
         """See `Connection.push`."""
         await self.connection.push(data, event)
 
+    async def call(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
+        """See `Connection.call`."""
+        return await self.connection.call(event, data, timeout=timeout)
+
     async def track(self, group: str, meta: Any = None) -> None:
         """See `Connection.track`."""
         await self.connection.track(group, meta)
@@ -214,12 +260,12 @@ RealtimeEndpoint._prepare()
 class Hooks:
     """The script of an endpoint: calls its hooks, and turns what they raise into what the client sees."""
 
-    __slots__ = ("_connection", "_decoder", "_endpoint", "_websocket", "refusal")
+    __slots__ = ("_connection", "_endpoint", "_realtime", "_websocket", "refusal")
 
-    def __init__(self, endpoint: RealtimeEndpoint, websocket: WebSocket) -> None:
-        self._endpoint, self._websocket = endpoint, websocket
+    def __init__(self, endpoint: RealtimeEndpoint, websocket: WebSocket, realtime: Realtime | None) -> None:
+        assert realtime is not None  # else it was refused
+        self._endpoint, self._websocket, self._realtime = endpoint, websocket, realtime
         self._connection = endpoint.connection
-        self._decoder = type(endpoint)._decoder
         self.refusal: Refusal = NOT_ACCEPTED
 
     async def connect(self) -> None:
@@ -253,9 +299,72 @@ class Hooks:
             connection.begin_close(CloseCode.INTERNAL_ERROR, CloseCode.INTERNAL_ERROR.reason)
 
     async def receive(self, raw: str | bytes) -> None:
-        """Decode one message and hand it to ``on_receive``."""
-        data = self._connection.wire.protocol.decode(raw, self._decoder)
-        await self._endpoint.on_receive(self._websocket, data)
+        """Decode one message of a plain client and hand it to whom it is for."""
+        endpoint, protocol = self._endpoint, self._connection.wire.protocol
+        assert isinstance(protocol, Plain)
+        said = enveloped(raw) if endpoint._handlers or endpoint._whispers else None
+        if said is not None and said.event in endpoint._handlers:
+            await self._said(said, endpoint._handlers[said.event], protocol)
+        elif said is not None and said.event in endpoint._whispers:
+            await self._whispered(said, endpoint._whispers[said.event], protocol)
+        else:
+            handler = endpoint._handlers.get("message", endpoint._message)
+            await self.run(handler, protocol.decode(raw, handler.decoder), None)
+
+    async def _said(self, said: Emit, handler: Handler, protocol: Plain) -> None:
+        """Run a typed handler for a plain client, which gets no acknowledgement."""
+        await self.run(
+            handler, accepted_data(said, handler, self._connection, self._realtime.hub, protocol), said.group
+        )
+
+    async def _whispered(self, said: Emit, declared: DeclaredWhisper, protocol: Plain) -> None:
+        """Relay what a plain client whispers; what comes too fast is dropped."""
+        connection, hub = self._connection, self._realtime.hub
+        if connection.must_wait(len(bytes(said.data)), declared.meter):
+            return
+        group = check_joined(said.group or "", connection, hub)
+        data = plain_data(protocol.data(said.data, declared.decoder))
+        await self._realtime.whisper(connection, group, declared, data)
+
+    # What a client of the protocol v1 asks; see dialogue.Script.
+
+    def find(self, event: str) -> Handler | None:
+        """Return the handler of ``event``."""
+        endpoint = self._endpoint
+        return endpoint._handlers.get(event) or (endpoint._message if event == "message" else None)
+
+    async def run(self, handler: Handler, data: Any, group: str | None) -> Any:
+        """Call a handler, and return what it returns."""
+        endpoint = self._endpoint
+        if handler is endpoint._message:
+            return await endpoint.on_receive(self._websocket, data)
+        arguments = (endpoint, data) if handler.takes_data else (endpoint,)
+        if handler.takes_group:
+            return await handler.function(*arguments, group=group)
+        return await handler.function(*arguments)
+
+    def whisper(self, event: str) -> DeclaredWhisper | None:
+        """Return the declared whisper of this name."""
+        return self._endpoint._whispers.get(event)
+
+    async def authorize(self, group: str) -> bool:
+        """Whether the client may join ``group`` itself."""
+        return bool(await self._endpoint.authorize(group))
+
+    async def meta(self, group: str, meta: dict[str, Any]) -> Any:
+        """Return the meta that is shown of what the client asks for."""
+        return await self._endpoint.on_track(group, meta)
+
+    async def snapshot(self, group: str) -> Any:
+        """Return the present content of ``group``, if the host knows it."""
+        return await self._endpoint.snapshot(group)
+
+    async def refresh(self, token: str) -> Identity:
+        """Return whom a new token names; from now on the WebSocket of the hooks knows it too."""
+        identity = await renewed(self._endpoint.scope, self._realtime, token)
+        if identity.identity == self._connection.user.identity:
+            self._endpoint.scope["user"], self._endpoint.scope["auth"] = identity, credentials(identity)
+        return identity
 
     async def disconnect(self, code: int) -> None:
         """Run ``on_disconnect`` with a WebSocket that knows it is over."""

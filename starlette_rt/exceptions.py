@@ -11,6 +11,7 @@ decides from the number alone: 4000-4499 come back, 4500-4999 do not.
     ├── Unavailable             a temporary trouble of the backend; try again
     ├── TokenError              a token that is missing, malformed, forged, expired or used up
     └── EventError              a refusal that is answered to the client who asked
+        └── ProtocolError       what a client said is not of the protocol; its code says in which way
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class CloseCode(IntEnum):
     RATE_LIMITED = 4003, "rate limit exceeded", "the peer kept on after it was told to wait", True
     TOO_MANY_CONNECTIONS = 4004, "too many connections", "a connection cap or rate is exhausted", True
     UNAVAILABLE = 4005, "unavailable", "the server is not ready for connections", True
+    PING_TIMEOUT = 4006, "ping timeout", "nothing was heard of the peer for too long", True
+    IDLE = 4007, "idle for too long", "the peer has asked for nothing for too long", True
     DISCONNECTED = 4500, "disconnected", "the application disconnected this user", False
     UNAUTHORIZED = 4501, "unauthorized", "the token is missing or not valid", False
     PROTOCOL_ERROR = 4502, "too many invalid messages", "the peer kept sending what cannot be understood", False
@@ -105,3 +108,14 @@ class EventError(RealtimeError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" if self.message else self.code
+
+
+class ProtocolError(EventError):
+    """What a peer said is not of the protocol: ``bad_message``, ``bad_name``, ``invalid`` or ``too_large``.
+
+    ``ref`` is the request that it was, if that could still be read.
+    """
+
+    def __init__(self, code: str, message: str = "", *, ref: int | None = None) -> None:
+        super().__init__(code, message)
+        self.ref: int | None = ref

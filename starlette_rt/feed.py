@@ -15,9 +15,10 @@ import anyio
 import anyio.lowlevel
 
 from .backends.base import PresenceStore
-from .frames import PresenceCount, PresenceDiff, PresenceState
+from .frames import PresenceCount, PresenceDiff, PresenceState, told
 from .hub import Hub, Message, Peer
 from .loop import Handle, Tasks
+from .presence import Diff, Member
 
 Watch = Literal["members", "count"]
 
@@ -123,8 +124,7 @@ class Feed:
             self._hub.deliver(MEMBERS + group, self._state(group))
         else:
             self._rested[MEMBERS + group] = now + DIFF_PERIOD
-            frame = PresenceDiff(group, diff.version, diff.joins, diff.leaves, diff.reasons)
-            self._hub.deliver(MEMBERS + group, Message(frame))
+            self._hub.deliver(MEMBERS + group, Message(diff_frame(group, diff)))
 
     async def _tell_count(self, group: str, now: float) -> None:
         self._rested[COUNT + group] = now + COUNT_PERIOD
@@ -141,8 +141,15 @@ class Feed:
             page, after = state.page(limit=PAGE)
             if after is not None:
                 self._large.add(group)  # who has one page only cannot follow diffs
-            members = {member.key: member.metas for member in page}
-            cached = state.version, Message(PresenceState(group, state.version, members, after))
+            cached = state.version, Message(PresenceState(group, state.version, told(page), after))
             if MEMBERS + group in self._hub.groups:
                 self._states[group] = cached
         return cached[1]
+
+
+def diff_frame(group: str, diff: Diff) -> PresenceDiff:
+    """Return a diff as it is said: who is gone altogether carries the reason."""
+    joins, leaves = (told(Member(*item) for item in side.items()) for side in (diff.joins, diff.leaves))
+    for key, reason in diff.reasons.items():
+        leaves[key]["reason"] = reason
+    return PresenceDiff(group, diff.version, joins, leaves)

@@ -8,13 +8,15 @@ one kind of client, `hub.py` brings them to the peers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from .exceptions import EventError
+from .history import Position
+from .presence import Member
 
 MAX_NAME = 255  # characters of a group's or an event's name
 MAX_META = 4096  # bytes of one presence meta, spelled as JSON
@@ -23,17 +25,158 @@ MAX_MESSAGE = 64 * 1024  # bytes of one incoming message, unless the endpoint sa
 _encode = msgspec.json.Encoder().encode
 
 
+class Frame(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True):
+    """What has the same names in every spelling: the tag is the frame's ``type``, the fields are its fields."""
+
+
+# What a client says.
+
+
+class Join(Frame, frozen=True, tag="join"):
+    """Let me into this group; with ``position`` or ``last``, and tell me what I missed."""
+
+    group: str
+    ref: int | None = None
+    position: Position | None = None
+    last: int | None = None
+    presence: Literal["members", "count"] | None = None
+
+
+class Leave(Frame, frozen=True, tag="leave"):
+    """Let me out of this group."""
+
+    group: str
+    ref: int | None = None
+
+
+class Emit(Frame, frozen=True, tag="event"):
+    """Something for a handler. ``data`` is still spelled: the handler's type decodes it."""
+
+    event: str
+    data: msgspec.Raw = msgspec.Raw()  # empty: there is none, which is null
+    group: str | None = None
+    ref: int | None = None
+    id: str | None = None
+
+
+class Murmur(Frame, frozen=True, tag="whisper"):
+    """Something ephemeral for the other members of a group."""
+
+    group: str
+    event: str
+    data: msgspec.Raw = msgspec.Raw()
+    stop: bool = False
+    ref: int | None = None
+
+
+class Track(Frame, frozen=True, tag="track"):
+    """Let me be present with this meta."""
+
+    group: str
+    meta: dict[str, Any] | None = None
+    ref: int | None = None
+
+
+class Update(Frame, frozen=True, tag="update"):
+    """Let my meta be this one."""
+
+    group: str
+    meta: dict[str, Any] | None = None
+    ref: int | None = None
+
+
+class Untrack(Frame, frozen=True, tag="untrack"):
+    """Let me be present no longer."""
+
+    group: str
+    ref: int | None = None
+
+
+class Page(Frame, frozen=True, tag="presence"):
+    """Tell me up to ``limit`` members after the key ``after``."""
+
+    group: str
+    ref: int | None = None
+    after: str | None = None
+    limit: int = 200
+
+
+class Refresh(Frame, frozen=True, tag="refresh"):
+    """My new token."""
+
+    token: str
+    ref: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Refresh(ref={self.ref})"
+
+
+class Pong(Frame, frozen=True, tag="pong"):
+    """I am alive."""
+
+
+# What both say.
+
+
+class Reply(Frame, frozen=True, tag="reply"):
+    """The answer to a ``ref``. From a client ``data`` is a `msgspec.Raw`, to a client it is plain data."""
+
+    ref: int
+    data: Any = None
+
+
+class Error(Frame, frozen=True, tag="error"):
+    """A refusal, answered to the one who asked."""
+
+    code: str
+    message: str
+    temporary: bool
+    retry_after_ms: int | None = None
+    ref: int | None = None
+
+
+# What the server says.
+
+
+class Welcome(Frame, frozen=True, tag="welcome"):
+    """The first frame: who the client is here and what it may count on."""
+
+    connection: str
+    session: str
+    identity: str
+    ping_interval_ms: int
+    ping_timeout_ms: int
+    ttl_ms: int | None
+    once_ms: int
+    window: int
+    max_size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something said by the host's code: to a group, or to one client where ``group`` is ``None``.
 
-    ``json`` is the data spelled as JSON: that is done once, when it is published.
+    ``json`` is the data spelled as JSON: that is done once, when it is published. ``offset`` and ``tag`` are
+    there in a group with history, ``id`` if a repetition of it could come, ``ref`` if an answer is waited for.
     """
 
     event: str
     data: Any
     json: bytes
     group: str | None = None
+    offset: int | None = None
+    tag: str | None = None
+    id: str | None = None
+    ref: int | None = None
+
+
+class Skip(Frame, frozen=True, tag="event"):
+    """An event that is not for this client: only its position moves."""
+
+    group: str
+    offset: int
+    tag: str
+    skip: Literal[True]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,52 +187,120 @@ class Raw:
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
-    """A refusal, answered to the one who asked."""
+class Recovery:
+    """The reply to a join. ``events`` are spelled already, for the wire that this is said on."""
 
+    ref: int
+    position: Position | None
+    recovered: bool
+    events: Sequence[str | bytes] = ()
+    snapshot: Any = msgspec.UNSET
+
+
+class Joined(Frame, frozen=True, tag="joined"):
+    """The server has joined this client to a group."""
+
+    group: str
+    position: Position | None
+
+
+class Left(Frame, frozen=True, tag="left"):
+    """The server has taken this client out of a group."""
+
+    group: str
     code: str
-    message: str
-    temporary: bool = False
-    retry_after_ms: int | None = None
+    rejoin: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PresenceState:
+class Reset(Frame, frozen=True, tag="reset"):
+    """The group's history broke: something may have been lost."""
+
+    group: str
+    position: Position
+
+
+Metas = dict[str, dict[str, Any]]  # members as they are said: a key, its "metas", and in a diff perhaps a "reason"
+
+
+class PresenceState(Frame, frozen=True, tag="presence_state"):
     """Who is in a group, one page of it; ``after`` is the key to ask the next page with."""
 
     group: str
     version: int
-    members: Mapping[str, Sequence[Mapping[str, Any]]]
-    after: str | None = None
+    members: Metas
+    after: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class PresenceDiff:
+class PresenceDiff(Frame, frozen=True, tag="presence_diff"):
     """What changed in a group's presence since the version before, net."""
 
     group: str
     version: int
-    joins: Mapping[str, Sequence[Mapping[str, Any]]]
-    leaves: Mapping[str, Sequence[Mapping[str, Any]]]
-    reasons: Mapping[str, str]
+    joins: Metas
+    leaves: Metas
 
 
-@dataclass(frozen=True, slots=True)
-class PresenceCount:
+class PresenceCount(Frame, frozen=True, tag="presence_count"):
     """How many members a group has."""
 
     group: str
     count: int
 
 
-Frame = Event | Raw | Error | PresenceState | PresenceDiff | PresenceCount
+class Whispered(Frame, frozen=True, tag="whisper"):
+    """A whisper of another member, stamped with its key; over after ``expires_ms``, and at ``stop``."""
+
+    group: str
+    event: str
+    sender: str = msgspec.field(name="from")
+    data: Any = msgspec.UNSET
+    expires_ms: int | None = None
+    stop: bool = False
 
 
-def error_frame(error: EventError) -> Error:
-    """Return the frame that answers ``error``."""
+class Ping(Frame, frozen=True, tag="ping"):
+    """Are you alive?"""
+
+
+class Goodbye(Frame, frozen=True, tag="goodbye"):
+    """The connection is about to be closed."""
+
+    code: int
+    reason: str
+    retry_after_ms: int | None = None
+
+
+ClientFrame = Join | Leave | Emit | Murmur | Track | Update | Untrack | Page | Refresh | Pong | Reply | Error
+ServerFrame = (
+    Welcome
+    | Event
+    | Skip
+    | Raw
+    | Recovery
+    | Reply
+    | Error
+    | Joined
+    | Left
+    | Reset
+    | PresenceState
+    | PresenceDiff
+    | PresenceCount
+    | Whispered
+    | Ping
+    | Goodbye
+)
+
+
+def told(members: Iterable[Member]) -> Metas:
+    """Return members as they are said, in Phoenix's form: each key with its metas."""
+    return {member.key: {"metas": list(member.metas)} for member in members}
+
+
+def error_frame(error: EventError, ref: int | None = None) -> Error:
+    """Return the frame that answers ``error``, to the request ``ref`` if there was one."""
     after = error.retry_after
     milliseconds = None if after is None else max(1, math.ceil(after * 1000))
-    return Error(printable(error.code), printable(error.message), error.temporary, milliseconds)
+    return Error(printable(error.code), printable(error.message), error.temporary, milliseconds, ref)
 
 
 def size_of(data: str | bytes) -> int:

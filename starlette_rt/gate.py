@@ -2,8 +2,7 @@
 
 The law of this file: the middleware knows, the endpoint decides, and this is where it decides. A handshake
 ends here in exactly one of two ways, a `Connection` or a `Refusal`, and a refusal leaves no trace above INFO
-on any server. After the accept nothing here is used again, except by `Realtime.accept`, whose body lives
-between `Acceptance.__aenter__` and `__aexit__`.
+on any server. After the accept nothing here is used again.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,14 +20,16 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from .admission import NOBODY, Admission, Refusal, check_origin, choose_protocol, read
-from .connection import CONNECTING, Connection, check_code, sendable
-from .exceptions import CloseCode, ConfigurationError, EventError, RealtimeError
+from .connection import Connection, check_code, sendable
+from .exceptions import CloseCode, ConfigurationError, EventError, RealtimeError, TokenError
 from .frames import MAX_MESSAGE, printable
 from .hub import Wire
 from .identity import Identity, credentials, guest, wrap
 from .limits import ConnectionCounter, Meter, RateLimit, Refused
 from .protocols.plain import Encoding
+from .protocols.v1 import V1S
 from .seams import Carrier, abort_transport, seam_for, stop_reading
+from .tokens import resolve
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("starlette_rt")
 
 Reject = Literal["auto", "http", "close"]
+
+PLAINLY = ("rt.plain",)
+PROTOCOLS = (*V1S, *PLAINLY)
 
 MOMENT = 0.25  # seconds that a peer refused by a close code has to read it
 
@@ -62,7 +65,7 @@ class Host(Protocol):
     @property
     def running(self) -> bool: ...
     async def revoked(self, identity: Identity) -> bool: ...
-    def wire(self, encoding: Encoding, carrier: Carrier) -> Wire: ...
+    def wire(self, encoding: Encoding, protocol: str | None, carrier: Carrier) -> Wire: ...
     def register(self, connection: Connection) -> None: ...
 
 
@@ -92,9 +95,12 @@ def admission_of(scope: Scope, host: Any) -> Admission:
 
 
 async def admit(
-    host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity | None = None
+    host: Any, scope: Scope, send: Send, terms: Terms, identity: Identity | None = None, *, accepted: bool = False
 ) -> Connection | Refusal:
-    """Decide about a handshake; a connection that comes back is registered and holds its slot in the caps."""
+    """Decide about a handshake; a connection that comes back is registered and holds its slot in the caps.
+
+    Where the host has ``accepted`` it itself, nobody knows which protocol it chose: it is plain.
+    """
     admission = admission_of(scope, host)
     if host is None or not host.running:
         logger.error(
@@ -107,7 +113,15 @@ async def admit(
         return DRAINING
     if refused := take_slot(admission, user):
         return too_many(refused)
-    return user if isinstance(user, Refusal) else enter(host, scope, send, terms, admission, user)
+    if isinstance(user, Refusal):
+        return user
+    protocol = None if accepted else spoken(admission, terms.encoding)
+    return enter(host, scope, send, terms, admission, user, protocol)
+
+
+def spoken(admission: Admission, encoding: Encoding) -> str | None:
+    """Return the protocol that is spoken with who offered these; only JSON has a second spelling."""
+    return choose_protocol(admission.handshake.protocols, PROTOCOLS if encoding == "json" else PLAINLY)
 
 
 async def recognise(
@@ -136,13 +150,15 @@ def take_slot(admission: Admission, user: Identity | Refusal) -> Refused | None:
     return refused
 
 
-def enter(host: Any, scope: Scope, send: Send, terms: Terms, admission: Admission, user: Identity) -> Connection:
+def enter(
+    host: Any, scope: Scope, send: Send, terms: Terms, admission: Admission, user: Identity, protocol: str | None
+) -> Connection:
     """Return the connection of one who may come in, registered."""
     seam = seam_for(scope, send, host.tasks)
     connection = Connection(
         host,
         seam,
-        host.wire(terms.encoding, seam.carrier),
+        host.wire(terms.encoding, protocol, seam.carrier),
         user,
         id=(id := secrets.token_urlsafe(12)),
         session=admission.handshake.session or id,
@@ -151,6 +167,7 @@ def enter(host: Any, scope: Scope, send: Send, terms: Terms, admission: Admissio
         max_message_size=terms.max_message_size,
     )
     host.register(connection)
+    connection.greet()
     return connection
 
 
@@ -200,6 +217,20 @@ def give_user(scope: Scope, admission: Admission, identity: Identity) -> None:
     scope["user"], scope["auth"] = identity, credentials(identity)
 
 
+async def renewed(scope: Scope, host: Any, token: str) -> Identity:
+    """Return whom a token handed in later names. Raises `EventError` for one that is not good."""
+    verifier = admission_of(scope, host).verifier
+    if verifier is None:
+        raise EventError("forbidden", "tokens are not refreshed here")
+    try:
+        identity = await resolve(verifier, token)
+    except TokenError as error:
+        raise EventError("unauthorized", str(error)) from None
+    if await host.revoked(identity):
+        raise EventError("unauthorized", REVOKED.message)
+    return identity
+
+
 # Refusing.
 
 
@@ -226,7 +257,7 @@ async def deny(
     reason = refusal.message.encode()[:120].decode("utf-8", "ignore")
     try:
         if not accepted and closes_instead(admission, refusal):
-            protocol = choose_protocol(admission.handshake.protocols)
+            protocol = choose_protocol(admission.handshake.protocols, PROTOCOLS)
             await send({"type": "websocket.accept", "subprotocol": protocol, "headers": []})
         elif not accepted and "websocket.http.response" in (scope.get("extensions") or {}):
             await respond(send, refusal)
@@ -299,14 +330,21 @@ class Diversion:
         elif kind == "websocket.close":
             connection.begin_close(check_code(message.get("code", 1000)), message.get("reason") or "")
         elif kind == "websocket.accept":
-            if message.get("subprotocol") is None:
-                message["subprotocol"] = self._protocol
+            check_protocol(message, self._protocol, connection)
             await opening(connection, self._send, message)
         else:
             if kind == "websocket.http.response.body" and not message.get("more_body", False):
                 connection.denied = True
                 connection.abandon()  # before it is sent: the disconnect that follows is for `linger`
             await answer(self._send, message)
+
+
+def check_protocol(message: Message, protocol: str | None, connection: Connection) -> None:
+    """Let the accept name the protocol that is spoken. Raises `RuntimeError` for a host that names another."""
+    if message.get("subprotocol") is None:
+        message["subprotocol"] = protocol
+    elif connection.wire.v1 is not None and message["subprotocol"] != protocol:
+        raise RuntimeError(f"{protocol} is spoken with this client: write accept() without subprotocol=")
 
 
 async def opening(connection: Connection, send: Send, message: Message) -> None:
@@ -352,129 +390,6 @@ def behind_accept(send: Send) -> Send:
 async def forbidden() -> Message:
     """What the host's ``receive*`` meet."""
     raise RuntimeError("this endpoint reads for you; use on_receive")
-
-
-async def unread() -> Message:
-    """What they meet in the body of `Realtime.accept`."""
-    raise RuntimeError("the connection reads for you; write `async for data in connection`")
-
-
-# Function style.
-
-
-class Pull:
-    """The script of `Realtime.accept`: each message waits for the body to ask for it."""
-
-    def __init__(self, connection: Connection, scope: anyio.CancelScope) -> None:
-        self._connection, self._scope = connection, scope
-        self.asked: bool = False
-        self._offer, self._taken = anyio.create_memory_object_stream[Any](0)
-
-    async def connect(self) -> None:
-        """Nothing: the body is running already."""
-
-    async def receive(self, raw: str | bytes) -> None:
-        """Hand one message to the body; the next is decoded when this one has been taken."""
-        data = self._connection.wire.protocol.decode(raw)
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-            await self._offer.send(data)
-
-    def left(self) -> None:
-        """The peer has left, or the close is done: the body ends at its next await."""
-        self._offer.close()
-        self._taken.close()
-        self._scope.cancel()
-
-    async def disconnect(self, code: int) -> None:
-        """Nothing: the body has ended."""
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        """What the client says; no generator, because a body may break out of it."""
-        return self
-
-    async def __anext__(self) -> Any:
-        self.asked = True
-        try:
-            return await self._taken.receive()
-        except (anyio.ClosedResourceError, anyio.EndOfStream):
-            raise StopAsyncIteration from None
-
-
-class Acceptance:
-    """What `Realtime.accept` returns: an async context manager that yields a `Connection`."""
-
-    def __init__(
-        self,
-        host: Any,
-        websocket: WebSocket,
-        identity: Identity | None,
-        anonymous: bool | None,
-        encoding: Encoding,
-        limits: tuple[RateLimit, ...],
-    ) -> None:
-        self._host, self._websocket, self._identity = host, websocket, identity
-        path = getattr(websocket.scope.get("route"), "path", websocket.scope.get("path", ""))
-        self._terms = Terms(anonymous, encoding=encoding, meter=meter_of(f"accept:{path}", limits))
-
-    async def __aenter__(self) -> Connection:
-        websocket, scope = self._websocket, self._websocket.scope
-        if websocket.client_state.value == CONNECTING:
-            await websocket.receive()
-        accepted = websocket.application_state.value != CONNECTING
-        receive, send = websocket._receive, websocket._send
-        outcome = await admit(self._host, scope, send, self._terms, self._identity)
-        if isinstance(outcome, Refusal):
-            await deny(scope, receive, send, outcome, self._host, accepted=accepted)
-            raise Denied(outcome.message)
-        self._connection, self._finished = outcome, anyio.Event()
-        take_over(websocket, outcome, send, choose_protocol(admission_of(scope, self._host).handshake.protocols))
-        websocket._receive = unread
-        self._scope = anyio.CancelScope()
-        if accepted:
-            outcome.opened()
-        else:
-            await self._accept()
-        self._scope.__enter__()
-        script = Pull(outcome, self._scope)
-        outcome.messages = script
-        self._host.tasks.spawn(self._serve, receive, script)
-        return outcome
-
-    async def _accept(self) -> None:
-        try:
-            await self._websocket.accept()
-        except BaseException as error:
-            self._host.forget(self._connection)
-            release(self._websocket.scope, self._connection)
-            if isinstance(error, WebSocketDisconnect):
-                raise Denied("the peer left before it was accepted") from None
-            raise
-
-    async def _serve(self, receive: Receive, script: Pull) -> None:
-        try:
-            await self._connection.serve(receive, script, script.left)
-        finally:
-            release(self._websocket.scope, self._connection)
-            self._finished.set()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        quiet = bool(self._scope.__exit__(kind, error, trace))
-        code, reason = self._ending(None if quiet else error)
-        self._connection.begin_close(code, reason)
-        with anyio.CancelScope(shield=True):
-            await self._finished.wait()
-        return quiet or isinstance(error, WebSocketException | WebSocketDisconnect | EventError)
-
-    def _ending(self, error: BaseException | None) -> tuple[int, str]:
-        if error is None or isinstance(error, WebSocketDisconnect):
-            return CloseCode.NORMAL, ""
-        if isinstance(error, WebSocketException):
-            return error.code, error.reason
-        if isinstance(error, EventError):
-            self._connection.refuse(error)
-            return CloseCode.FORBIDDEN, error.message
-        code = CloseCode.INTERNAL_ERROR if isinstance(error, Exception) else CloseCode.GOING_AWAY
-        return code, code.reason
 
 
 def release(scope: Scope, connection: Connection) -> None:

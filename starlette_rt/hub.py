@@ -11,39 +11,67 @@ was said to two groups and to one client would arrive out of order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from .frames import Frame, size_of
+from .frames import ServerFrame, size_of
 from .metrics import Metrics
 from .outbox import Entry
 from .protocols.plain import Plain
+from .protocols.v1 import V1
 from .seams import Carrier
 
 MAX_ENTRIES = 64  # messages in the log before it is flushed
 MAX_BYTES = 64 * 1024  # bytes in the log before it is flushed
+MAX_BATCH = 500  # frames in one message of a protocol that knows batches
 SLICE = 64  # receivers written before the loop gets a breath: more writers at once set off the garbage collector
 
 
 class Wire:
-    """One kind of receiver: a protocol on a carrier. There are few, and they are compared by identity."""
+    """One kind of receiver: a protocol on a carrier. There are few, and they are compared by identity.
 
-    __slots__ = ("carrier", "protocol")
+    A protocol that knows batches is framed when it is joined, since what leaves together is one message of it.
+    Any other is framed message by message, so that each is framed once for all combinations.
+    """
 
-    def __init__(self, protocol: Plain, carrier: Carrier) -> None:
-        self.protocol: Plain = protocol
+    __slots__ = ("carrier", "protocol", "v1")
+
+    def __init__(self, protocol: Plain | V1, carrier: Carrier) -> None:
+        self.protocol: Plain | V1 = protocol
         self.carrier: Carrier = carrier
+        self.v1: V1 | None = protocol if isinstance(protocol, V1) else None
+
+    def payload(self, spelled: str | bytes) -> Any:
+        """Return what an entry of the outbox holds of a spelled message."""
+        return self.carrier.frame(spelled) if self.v1 is None else spelled
+
+    def join(self, entries: list[Entry]) -> Any:
+        """Return ``entries`` as the one payload that a seam takes."""
+        payloads = [entry.payload for entry in entries]
+        if self.v1 is None:
+            return self.carrier.join(payloads)
+        parts = [payloads] if len(payloads) <= MAX_BATCH else batched(payloads, MAX_BATCH)
+        return self.carrier.join([self.carrier.frame(self.v1.join(part)) for part in parts])
 
 
 class Message:
     """One thing said, spelled once for each wire that asks."""
 
-    __slots__ = ("_entries", "ephemeral", "frame", "key", "size")
+    __slots__ = ("_entries", "ephemeral", "frame", "key", "size", "until")
 
-    def __init__(self, frame: Frame, size: int = 0, *, ephemeral: bool = False, key: str | None = None) -> None:
-        self.frame: Frame = frame
+    def __init__(
+        self,
+        frame: ServerFrame,
+        size: int = 0,
+        *,
+        ephemeral: bool = False,
+        key: str | None = None,
+        until: float | None = None,
+    ) -> None:
+        self.frame: ServerFrame = frame
         self.size: int = size
         self.ephemeral: bool = ephemeral
         self.key: str | None = key
+        self.until: float | None = until
         self._entries: dict[Wire, Entry | None] = {}
 
     def entry(self, wire: Wire) -> Entry | None:
@@ -54,7 +82,7 @@ class Message:
             spelled = wire.protocol.encode(self.frame)
             entry = None
             if spelled is not None:
-                entry = Entry(wire.carrier.frame(spelled), size_of(spelled), self.ephemeral, self.key)
+                entry = Entry(wire.payload(spelled), size_of(spelled), self.ephemeral, self.key, self.until)
             self._entries[wire] = entry
             return entry
 
@@ -64,9 +92,9 @@ class Batch:
 
     __slots__ = ("entries", "payload")
 
-    def __init__(self, entries: list[Entry], carrier: Carrier) -> None:
+    def __init__(self, entries: list[Entry], wire: Wire) -> None:
         self.entries: list[Entry] = entries
-        self.payload: Any = carrier.join([entry.payload for entry in entries])
+        self.payload: Any = wire.join(entries)
 
 
 class Peer(Protocol):
@@ -90,8 +118,15 @@ class Group:
         self.members: dict[Peer, None] = {}
 
 
+class Only(NamedTuple):
+    """In the place of who is excluded: nobody but this session gets it."""
+
+    session: str
+
+
 Target = Group | Any  # a group, or one peer
-LogEntry = tuple[Target, Message, "str | None"]
+Except = str | Only | None  # the session that does not get it, or that alone does
+LogEntry = tuple[Target, Message, Except]
 
 
 class Hub:
@@ -114,6 +149,11 @@ class Hub:
         self._writing = False
 
     # Membership. Each of these ends what was said before it, to the members of then.
+
+    def has(self, peer: Peer, name: str) -> bool:
+        """Whether ``peer`` is a member of the group ``name``."""
+        group = self.groups.get(name)
+        return group is not None and peer in group.members
 
     def join(self, peer: Peer, name: str) -> bool:
         """Make ``peer`` a member; false if it is one already."""
@@ -151,8 +191,8 @@ class Hub:
 
     # Saying something.
 
-    def deliver(self, name: str, message: Message, exclude: str | None = None) -> None:
-        """Say ``message`` to a group's members of this moment, except the session ``exclude``."""
+    def deliver(self, name: str, message: Message, exclude: Except = None) -> None:
+        """Say ``message`` to a group's members of this moment, except the session ``exclude``, or to `Only` one."""
         group = self.groups.get(name)
         if group is not None:
             self._append(group, message, exclude)
@@ -161,7 +201,7 @@ class Hub:
         """Say ``message`` to one peer, in its place among everything else that is said."""
         self._append(peer, message, None)
 
-    def _append(self, target: Target, message: Message, exclude: str | None) -> None:
+    def _append(self, target: Target, message: Message, exclude: Except) -> None:
         self._log.append((target, message, exclude))
         self._touched.add(target)
         self._bytes += message.size
@@ -231,16 +271,18 @@ class Hub:
         return count == most
 
 
-def receivers(target: Target, exclude: str | None) -> Iterable[Peer]:
+def receivers(target: Target, exclude: Except) -> Iterable[Peer]:
     """Return who gets what is said to ``target``, as they are now."""
     if not isinstance(target, Group):
         return (target,)
     if exclude is None:
         return list(target.members)
+    if isinstance(exclude, Only):
+        return [peer for peer in target.members if peer.session == exclude.session]
     return [peer for peer in target.members if peer.session != exclude]
 
 
-def spread(target: Target, messages: list[Message], exclude: str | None) -> Iterator[tuple[Peer, Batch]]:
+def spread(target: Target, messages: list[Message], exclude: Except) -> Iterator[tuple[Peer, Batch]]:
     """Everything in the log has one target: the same bytes for all receivers of one wire."""
     peers = receivers(target, exclude)
     return _spread(peers, messages)
@@ -266,7 +308,7 @@ def merge(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
     """
     lists: dict[Peer, list[int]] = {}
     runs: list[list[Message]] = []
-    last: tuple[Target, str | None] | None = None
+    last: tuple[Target, Except] | None = None
     for target, message, exclude in log:
         if last is not None and last[0] is target and last[1] == exclude:
             runs[-1].append(message)
@@ -297,4 +339,9 @@ def _merged(lists: dict[Peer, list[int]], runs: list[list[Message]]) -> Iterator
 def batch_of(messages: list[Message], wire: Wire) -> Batch | None:
     """Return ``messages`` as one batch for ``wire``; ``None`` if none of them has a spelling there."""
     entries = [entry for message in messages if (entry := message.entry(wire)) is not None]
-    return Batch(entries, wire.carrier) if entries else None
+    return Batch(entries, wire) if entries else None
+
+
+def batched(payloads: list[Any], most: int) -> list[list[Any]]:
+    """Return ``payloads`` in parts of at most ``most``."""
+    return [payloads[start : start + most] for start in range(0, len(payloads), most)]

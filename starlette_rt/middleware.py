@@ -96,7 +96,7 @@ class RealtimeMiddleware:
             origins=self._origins,
             counter=self._counter,
             reject=self._reject,
-            guarded=self._tokens is not None,
+            verifier=self._tokens,
         )
         scope["starlette_rt"] = admission
         await self._identify(scope, admission)

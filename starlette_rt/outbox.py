@@ -22,16 +22,19 @@ class Entry:
     """One message spelled for one kind of peer; shared by all of them.
 
     An ``ephemeral`` entry may always be dropped, and one with a ``key`` supersedes the queued one of the
-    same key, full or not: only the latest is of use.
+    same key, full or not: only the latest is of use. ``until`` is the time after which it is of none.
     """
 
-    __slots__ = ("ephemeral", "key", "payload", "size")
+    __slots__ = ("ephemeral", "key", "payload", "size", "until")
 
-    def __init__(self, payload: Any, size: int, ephemeral: bool = False, key: str | None = None) -> None:
+    def __init__(
+        self, payload: Any, size: int, ephemeral: bool = False, key: str | None = None, until: float | None = None
+    ) -> None:
         self.payload: Any = payload
         self.size: int = size
         self.ephemeral: bool = ephemeral
         self.key: str | None = key
+        self.until: float | None = until
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +107,25 @@ class Outbox:
         self._append(entry)
         return lost
 
-    def take(self, most: int = 65536) -> list[Entry]:
-        """Remove and return the oldest entries, at least one if there is any, up to ``most`` bytes."""
+    def take(self, now: float, most: int = 65536) -> tuple[list[Entry], int]:
+        """Remove and return the oldest entries, at least one if there is any, up to ``most`` bytes.
+
+        Those whose time is over at ``now`` are left out; the second value is how many.
+        """
         taken: list[Entry] = []
-        room = most
+        lapsed, room = 0, most
         while self._entries:
             number = next(iter(self._entries))
+            until = self._entries[number].until
+            if until is not None and until <= now:
+                self._remove(number)
+                lapsed += 1
+                continue
             room -= self._entries[number].size
             if taken and room < 0:
                 break
             taken.append(self._remove(number))
-        return taken
+        return taken, lapsed
 
     def _fits(self, entry: Entry) -> bool:
         return self.size + entry.size <= self._limits.bytes and len(self._entries) < self._limits.messages

@@ -8,37 +8,51 @@ It knows no HTTP; who may come in is decided in `gate.py`, what a handler does i
 from __future__ import annotations
 
 import logging
+import math
+import mimetypes
 import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
+from pathlib import Path
+from random import random
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.from_thread
+import msgspec
 from anyio.lowlevel import EventLoopToken, current_token
 
+from .acceptance import Acceptance, Authorize
 from .backends import from_url
-from .backends.base import Backend, Publication, Published
+from .backends.base import Backend, Ledger, Published
 from .connection import Connection, check_code
+from .dialogue import WINDOW, skip
+from .events import DeclaredWhisper
 from .exceptions import CloseCode, ConfigurationError, NotRunning
 from .faults import FaultLog
 from .feed import Feed, Watch
-from .frames import Event, check_group, check_name, encode, plain_data, plain_meta
-from .gate import Acceptance
-from .hub import Hub, Message, Wire
+from .frames import Event, Reset, Welcome, Whispered, check_group, check_name, encode, plain_data, plain_meta
+from .heartbeat import Heartbeats
+from .history import History, Policies, Position, Publication
+from .hub import Hub, Message, Only, Wire
 from .limits import Buckets, RateLimit
 from .loop import Handle, Tasks, tasks
 from .metrics import Counters, Metrics
+from .once import ONCE, ORIGIN
 from .outbox import OutboxLimits
 from .presence import Member
 from .protocols.plain import PLAIN, Encoding
+from .protocols.v1 import V1S
 from .seams import Carrier
+from .streams import Stream, Streams
 
 if TYPE_CHECKING:
+    from starlette.staticfiles import StaticFiles
     from starlette.websockets import WebSocket
 
     from .identity import Identity
@@ -46,29 +60,50 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("starlette_rt")
 
 SWEEP = 0.5  # seconds between two looks at deadlines, stalls, expiries and graces
+ABREAST = 5.0  # seconds that a broadcast waits until this node's members have it
+RETURNS = 500  # clients a second that are asked to come back after a drain
+STATICS = Path(__file__).parent / "statics"
 
 
 class Realtime:
     """Everything live in one process.
 
     ``url`` names the backend: ``memory://`` is this process alone; ``backend`` is one of the host's own
-    instead. ``outbox`` bounds what is kept for a slow
-    peer, ``presence_grace`` is how many seconds a member stays after its connection ended, ``metrics`` takes
-    the counts. Enter it with ``async with``, or let `RealtimeMiddleware` do that; entering nests, and when
-    the last one has left it can be started again, in another event loop too.
+    instead. ``history`` says which groups remember what was said in them, by pattern, the first that fits:
+    ``{"room:*": History(100, 300)}``. ``outbox`` bounds what is kept for a slow peer, ``presence_grace`` is how
+    many seconds a member stays after its connection ended. A client of the protocol v1 is pinged every
+    ``ping_interval`` seconds and has ``ping_timeout`` seconds to say anything, and ``expiry_grace`` seconds
+    after its token has run out to hand in a new one; whoever says nothing for ``idle_timeout`` seconds is
+    closed. ``metrics`` takes the counts. Raises `ConfigurationError` for what cannot work.
+
+    Enter it with ``async with``, or let `RealtimeMiddleware` do that; entering nests, and when the last one has
+    left it can be started again, in another event loop too.
     """
 
     def __init__(
         self,
         url: str = "memory://",
         *,
+        history: Mapping[str, History] | None = None,
         backend: Backend | None = None,
         outbox: OutboxLimits = OutboxLimits(),  # noqa: B008 - frozen
         presence_grace: float = 10.0,
+        ping_interval: float = 25.0,
+        ping_timeout: float = 20.0,
+        idle_timeout: float | None = None,
+        expiry_grace: float = 10.0,
         metrics: Metrics | None = None,
     ) -> None:
         if presence_grace < 0:
             raise ConfigurationError("presence_grace is a number of seconds, 0 or more")
+        if expiry_grace < 0:
+            raise ConfigurationError("expiry_grace is a number of seconds, 0 or more")
+        self.heartbeats: Heartbeats = Heartbeats(ping_interval, ping_timeout, idle_timeout)
+        self.idle_timeout: float | None = idle_timeout
+        self._policies = Policies(history or {})
+        self._expiry_grace = expiry_grace
+        self._names = secrets.token_urlsafe(6)
+        self._numbers = count(1)
         self.outbox: OutboxLimits = outbox
         self.metrics: Metrics = metrics if metrics is not None else Counters()
         self.faults: FaultLog = FaultLog()
@@ -80,13 +115,14 @@ class Realtime:
         self._url = url
         self._backend = backend or from_url(url, grace=presence_grace, now=self._now)
         self._entered = 0
-        self._wires: dict[tuple[Encoding, Carrier], Wire] = {}
+        self._wires: dict[tuple[Encoding, str | None, Carrier], Wire] = {}
         self._expiring: dict[Connection, None] = {}
         self._thread: int | None = None
 
     hub: Hub
     tasks: Tasks
     _feed: Feed
+    _streams: Streams[Message]
     _token: EventLoopToken
 
     # Living.
@@ -125,7 +161,8 @@ class Realtime:
         self._token = current_token()
         self.hub = Hub(self.tasks.schedule, self.metrics)
         self._feed = Feed(self.hub, self._backend.presence, self.tasks)
-        self.hub.on_crowd = self._feed.crowd
+        self._streams = Streams(self._backend.broker, self.tasks, self._spell, self._say, self._reset)
+        self.hub.on_crowd = self._crowd
         await self._backend.broker.start(self._deliver)
         await self._backend.presence.start(self._feed.changed)
         self._sweeper: Handle = self.tasks.spawn(self._sweep)
@@ -135,6 +172,7 @@ class Realtime:
     async def _stop(self) -> None:
         """Close what is still open, wait for its end, and leave nothing running."""
         self._feed.close()
+        self._streams.close()
         await self.drain(self.outbox.close + 2 * SWEEP)  # time for the sweeper to drop who does not read its Close
         self._sweeper.cancel()
         await self.tasks.close(self.outbox.close)
@@ -144,12 +182,14 @@ class Realtime:
         self.connections.clear()
         self.watched.clear()
         self._expiring.clear()
+        self.heartbeats.clear()
 
     async def drain(self, deadline: float = 10.0) -> None:
         """Refuse newcomers and close every connection with 1012, each after what was said to it.
 
-        Returns when all have ended or ``deadline`` seconds have passed. Call it before the server stops,
-        where its own signal comes too late.
+        Clients of the protocol v1 are told when to come back, each at a time of its own. Returns when all have
+        ended or ``deadline`` seconds have passed. Call it before the server stops, where its own signal comes
+        too late.
         """
         self._check_running()
         self.draining = True
@@ -169,10 +209,26 @@ class Realtime:
         now, wall = self.tasks.time(), time.time()
         for connection in tuple(self.watched):
             connection.look(now)
-        for connection in [one for one in self._expiring if expires(one) <= wall]:
+        for connection in [one for one in self._expiring if self._expires(one) <= wall]:
             connection.begin_close(CloseCode.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED.reason)
+        self.heartbeats.tick(now)
         self.buckets.sweep(now, 100)
         self._backend.presence.sweep()
+        self._streams.tick(now)
+
+    def _expires(self, connection: Connection) -> float:
+        """When the connection ends for its token's sake, by the wall clock; who can hand in a new one has a grace."""
+        return (connection.user.expires_at or math.inf) + (self._expiry_grace if connection.wire.v1 else 0.0)
+
+    def come_back(self) -> int:
+        """Return in how many milliseconds one of our clients should come back, so that not all come at once."""
+        return round(1000 * random() * (1 + len(self.connections) / RETURNS))
+
+    def _crowd(self, name: str, occupied: bool) -> None:
+        """A group of the hub has got its first member or lost its last."""
+        self._feed.crowd(name, occupied)
+        if not occupied:
+            self._streams.vacated(name)
 
     def _now(self) -> float:
         return self.tasks.time()
@@ -198,6 +254,7 @@ class Realtime:
     ) -> Published:
         """Send ``data`` to every member of ``group``.
 
+        In a group with a history it is kept, and `Published.position` is its place; an ephemeral one is not.
         ``data`` is JSON data, bytes, a dataclass, a struct or a Pydantic model; it is copied now, later
         changes do not show. ``exclude`` is a connection, or its session, that does not get it. An
         ``ephemeral`` message may be dropped for a slow peer; of those with the same ``key`` only the latest
@@ -222,12 +279,36 @@ class Realtime:
     ) -> Published:
         self._check_running()
         plain = plain_data(data)
-        publication = Publication(group, check_name(event, "event"), plain, encode(plain), session, ephemeral, key)
+        json = encode(plain)
+        origin = ORIGIN.get()
+        id = f"{self._names}{next(self._numbers):x}" if origin is None else origin.name()
+        once = origin is not None
+        publication = Publication(group, check_name(event, "event"), plain, json, session, ephemeral, key, id, once)
         self.metrics.published()
-        published = await self._backend.broker.publish(publication)
+        policy = None if ephemeral else self._policies.of(group)
+        published = await self._backend.broker.publish(publication, policy)
+        if published.position is not None and (stream := self._streams.get(group)) is not None:
+            await stream.passed(published.position.offset, ABREAST)
         if self.hub.pressed:
             await self.breathe()
         return published
+
+    async def whisper(self, connection: Connection, group: str, declared: DeclaredWhisper, data: Any) -> None:
+        """Relay what a client whispers to the others; ``msgspec.UNSET`` for the end of it."""
+        sender, stop = connection.user.identity, data is msgspec.UNSET
+        publication = Publication(
+            group,
+            declared.name,
+            None if stop else data,
+            b"" if stop else encode(data),
+            connection.session,
+            ephemeral=True,
+            key=sender if declared.latest else None,
+            sender=sender,
+            expires_ms=declared.expires_ms,
+            stop=stop,
+        )
+        await self._backend.broker.publish(publication, None)
 
     async def breathe(self) -> None:
         """Let the loop write what has been said: one who says much without a pause would fill every outbox."""
@@ -258,11 +339,48 @@ class Realtime:
 
     def _deliver(self, publication: Publication) -> None:
         """What the broker brings goes to the members on this node."""
-        frame = Event(publication.event, publication.data, publication.json, publication.group)
-        # The latest of a kind: a cursor of one group must not take the place of a cursor of another.
-        key = None if publication.key is None else f"{publication.group}\n{publication.event}\n{publication.key}"
-        message = Message(frame, len(publication.json), ephemeral=publication.ephemeral, key=key)
+        if publication.offset is not None:
+            self._streams.receive(publication)
+        elif publication.sender is not None:
+            self.hub.deliver(publication.group, self._whispered(publication, publication.sender), publication.exclude)
+        else:
+            self.hub.deliver(publication.group, self._spell(publication, False), publication.exclude)
+
+    def _spell(self, publication: Publication, seen: bool) -> Message:
+        """Return what the members get of a publication; one that they have seen only moves their position."""
+        if seen:
+            return skip(publication)
+        group = publication.group
+        frame = Event(
+            publication.event,
+            publication.data,
+            publication.json,
+            None if group[0] == "~" else group,
+            publication.offset,
+            publication.tag or None,
+            publication.id if publication.once else None,
+        )
+        key = None if publication.key is None else latest(publication)
+        return Message(frame, len(publication.json), ephemeral=publication.ephemeral, key=key)
+
+    def _whispered(self, publication: Publication, sender: str) -> Message:
+        """Return what the others get of a whisper."""
+        data = msgspec.UNSET if publication.stop else publication.data
+        expires = None if publication.stop else publication.expires_ms
+        frame = Whispered(publication.group, publication.event, sender, data, expires, publication.stop)
+        key = None if publication.key is None else latest(publication)
+        until = None if expires is None else self.tasks.time() + expires / 1000
+        return Message(frame, len(publication.json), ephemeral=True, key=key, until=until)
+
+    def _say(self, publication: Publication, message: Message) -> None:
+        """Say a publication of a group with history: whoever is left out hears its place."""
         self.hub.deliver(publication.group, message, publication.exclude)
+        if publication.exclude is not None and publication.offset is not None:
+            self.hub.deliver(publication.group, skip(publication), Only(publication.exclude))
+
+    def _reset(self, group: str, position: Position) -> None:
+        """A group's history broke: its members hear of it."""
+        self.hub.deliver(group, Message(Reset(group, position)))
 
     # Asking.
 
@@ -272,6 +390,28 @@ class Realtime:
         if isinstance(identities, str):
             raise TypeError("online() takes a list of identities: write rt.online([identity])")
         return {identity for identity in identities if f"~{identity}" in self.hub.groups}
+
+    async def history(self, group: str, last: int = 50) -> tuple[list[Publication], Position]:
+        """Return the ``last`` publications of a group with history, oldest first, and the group's position.
+
+        A page that is rendered with them hands the position to its client, which then misses nothing. Raises
+        `ConfigurationError` for a group without history, `Unavailable` where it cannot be read.
+        """
+        log = await self._backend.broker.read(check_group(group), self._policy(group))
+        return list(log.entries)[-last:] if last > 0 else [], log.position
+
+    async def position(self, group: str) -> Position:
+        """Return the present position of a group with history. Raises as `history` does."""
+        return await self._backend.broker.position(check_group(group), self._policy(group))
+
+    def _policy(self, group: str) -> History:
+        self._check_running()
+        policy = self._policies.of(group)
+        if policy is None:
+            raise ConfigurationError(
+                f"{group!r} has no history; write Realtime(history={{{group!r}: History(100, 300)}})"
+            )
+        return policy
 
     async def presence(self, group: str, *, after: str | None = None, limit: int | None = None) -> dict[str, Member]:
         """Return who is present in ``group``, by key.
@@ -335,7 +475,7 @@ class Realtime:
 
     async def claim(self, key: str, ttl: float) -> bool:
         """Take ``key`` for ``ttl`` seconds, once for the whole fleet; false if somebody has it."""
-        return await self._backend.ledger.claim(key, ttl)
+        return (await self._backend.ledger.claim(key, ttl)).state == "first"
 
     def _of(self, identity: str | None) -> list[Any]:
         if person(identity).startswith("guest:"):  # guests are in no group of their own
@@ -352,11 +492,17 @@ class Realtime:
 
     # What connections ask; see connection.Node.
 
-    def wire(self, encoding: Encoding, carrier: Carrier) -> Wire:
-        """Return the one wire of this encoding and carrier."""
-        key = encoding, carrier
+    @property
+    def ledger(self) -> Ledger:
+        """What may happen once."""
+        return self._backend.ledger
+
+    def wire(self, encoding: Encoding, protocol: str | None, carrier: Carrier) -> Wire:
+        """Return the one wire of this protocol, or of plain in this encoding, and carrier."""
+        key = encoding, protocol, carrier
         if key not in self._wires:
-            self._wires[key] = Wire(PLAIN[encoding], carrier)
+            spoken = V1S.get(protocol or "")
+            self._wires[key] = Wire(PLAIN[encoding] if spoken is None else spoken, carrier)
         return self._wires[key]
 
     def register(self, connection: Connection) -> None:
@@ -366,6 +512,29 @@ class Realtime:
             self.hub.join(connection, f"~{connection.user.identity}")
         if connection.user.expires_at is not None:
             self._expiring[connection] = None
+        self.heartbeats.add(connection, self.tasks.time())
+
+    def welcome(self, connection: Connection) -> Welcome:
+        """Return the first frame to a client of the protocol v1."""
+        return Welcome(
+            connection.id,
+            connection.session,
+            connection.user.identity,
+            round(self.heartbeats.interval * 1000),
+            round(self.heartbeats.timeout * 1000),
+            ttl_ms(connection.user),
+            round(ONCE * 1000),
+            WINDOW,
+            connection.max_message_size,
+        )
+
+    def renew(self, connection: Connection, user: Identity) -> int | None:
+        """Let ``connection`` go on with a new token; return the milliseconds that it is good for."""
+        connection.user = user
+        self._expiring.pop(connection, None)
+        if user.expires_at is not None:
+            self._expiring[connection] = None
+        return ttl_ms(user)
 
     def forget(self, connection: Connection) -> None:
         """End whatever ``connection`` is in; its metas linger for the presence grace."""
@@ -374,16 +543,42 @@ class Realtime:
         connection.tracked = ()
         self.connections.pop(connection.id, None)
         self._expiring.pop(connection, None)
+        self.heartbeats.discard(connection)
 
-    async def join(self, connection: Connection, group: str, presence: Watch | None) -> None:
+    async def join(self, connection: Connection, group: str, presence: Watch | None) -> Position | None:
         """See `Connection.join`."""
         check_group(group)
         if presence not in (None, "members", "count"):
             raise ValueError('presence= is "members", "count" or None')
+        stream = await self.follow(group)
+        position = None if stream is None else stream.position
+        if self.enter(connection, group):
+            connection.joined(group, position)
+        if presence is not None:
+            await self.watch(connection, group, presence)
+        return position
+
+    async def follow(self, group: str) -> Stream[Message] | None:
+        """Return the history of ``group`` on this node, up to date; ``None`` if it has none."""
+        policy = self._policies.of(group)
+        return None if policy is None else await self._streams.follow(group, policy)
+
+    def enter(self, connection: Connection, group: str) -> bool:
+        """Make ``connection`` a member of ``group``; false if it is one, or has ended."""
         if self._knows(connection):
-            self.hub.join(connection, group)
-            if presence is not None:
-                await self._feed.watch(connection, group, presence)
+            return self.hub.join(connection, group)
+        self.unfollow(group)
+        return False
+
+    def unfollow(self, group: str) -> None:
+        """Let go of the history of ``group`` if nobody here is in it."""
+        if group not in self.hub.groups:
+            self._streams.vacated(group)
+
+    async def watch(self, connection: Connection, group: str, presence: Watch) -> None:
+        """Tell ``connection`` who is present in ``group``."""
+        if self._knows(connection):
+            await self._feed.watch(connection, group, presence)
 
     async def leave(self, connection: Connection, group: str) -> None:
         """See `Connection.leave`."""
@@ -423,20 +618,34 @@ class Realtime:
         anonymous: bool | None = None,
         encoding: Encoding = "json",
         limits: Iterable[RateLimit] = (),
+        authorize: Authorize | None = None,
     ) -> Acceptance:
         """Take over ``websocket`` for the length of an ``async with``, which yields a `Connection`.
 
         It is accepted if the host has not done so. ``identity`` is who the host's own code says it is,
-        otherwise the token and the host's user decide; ``anonymous`` lets guests in. When the peer leaves,
+        otherwise the token and the host's user decide; ``anonymous`` lets guests in; ``authorize(group)`` says
+        which groups the client may join itself (none without it). When the peer leaves,
         the body is cancelled at its next await and the ``async with`` ends quietly. A refused handshake
         never gets to the body: what is raised instead ends the request, and `RealtimeMiddleware` swallows it.
         """
-        return Acceptance(self, websocket, identity, anonymous, encoding, tuple(limits))
+        return Acceptance(self, websocket, identity, anonymous, encoding, tuple(limits), authorize)
+
+    def static(self) -> StaticFiles:
+        """Return an ASGI app that serves the JavaScript client: ``Mount("/rt", rt.static())``."""
+        from starlette.staticfiles import StaticFiles
+
+        mimetypes.add_type("text/javascript", ".js")  # some systems have no word for it, some a wrong one
+        return StaticFiles(directory=STATICS)
 
 
-def expires(connection: Connection) -> float:
-    """Return when the connection's token expires, in wall-clock seconds."""
-    return connection.user.expires_at or float("inf")
+def ttl_ms(user: Identity) -> int | None:
+    """Return the milliseconds that a token is still good for, ``None`` if for ever."""
+    return None if user.expires_at is None else max(0, round((user.expires_at - time.time()) * 1000))
+
+
+def latest(publication: Publication) -> str:
+    """Return the key of a kind: a cursor of one group must not take the place of a cursor of another."""
+    return f"{publication.group}\n{publication.event}\n{publication.key}"
 
 
 def person(identity: object) -> str:

@@ -8,34 +8,104 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import anyio
+
+from ..history import History, Log, Position, Publication, Random, Reading, Window, new_epoch, new_tag
 from ..limits import Buckets, RateLimit
 from ..presence import Diff, Member, Roster, State
-from .base import Backend, Publication, Published
+from .base import Backend, Claim, Published
 
 Clock = Callable[[], float]
 
 SHARED = Published(None, "yes")
 NOBODY = State(0, ())
+FIRST, FREE = Claim("first"), Claim("free")
+
+LOGS = 100_000  # logs that are kept; beyond, the one that was used longest ago goes
+REPEATABLE = 100_000  # ids of publications without history that are remembered, of all groups together
+LOOKS = 200  # logs that are looked at in one sweep
+ANSWERS = 100_000  # answers that the ledger keeps; beyond, the oldest goes
+ANSWER_BYTES = 32 * 1024 * 1024  # and bytes of them
 
 
 class MemoryBroker:
     """Delivers to this process, at once."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, now: Clock = time.monotonic, *, logs: int = LOGS, tag: Random = new_tag, epoch: Random = new_epoch
+    ) -> None:
         self._deliver: Callable[[Publication], None] = ignore
+        self._now = now
+        self._tag, self._epoch = tag, epoch
+        self._most = logs
+        self._logs: OrderedDict[str, Log] = OrderedDict()  # the one that was used longest ago first
+        self._hand: deque[tuple[str, Log]] = deque()  # each log once, the one looked at longest ago first
+        self._said: Window[None] = Window(REPEATABLE)
 
     async def start(self, deliver: Callable[[Publication], None]) -> None:
         self._deliver = deliver
 
-    async def publish(self, publication: Publication) -> Published:
-        self._deliver(publication)
-        return SHARED
+    async def publish(self, publication: Publication, history: History | None) -> Published:
+        if history is None:
+            if not (publication.once and self._repeats(publication)):
+                self._deliver(publication)
+            return SHARED
+        log = self._log(publication.group, history)
+        position, placed = log.append(publication, self._now(), self._tag)
+        if placed is not None:
+            self._deliver(placed)
+        return Published(position, "yes")
+
+    async def read(self, group: str, history: History) -> Reading:
+        return self._log(group, history).read(self._now())
+
+    async def position(self, group: str, history: History) -> Position:
+        return (await self.read(group, history)).position
+
+    async def renew(self, group: str, history: History, seen: Position) -> Position:
+        return self._log(group, history).renew(seen, self._now(), self._epoch)
 
     async def stop(self) -> None:
         self._deliver = ignore
+        self._logs.clear()
+        self._hand.clear()
+        self._said.clear()
+
+    def sweep(self) -> None:
+        self._look(LOOKS)
+
+    def _repeats(self, publication: Publication) -> bool:
+        name = (publication.group, publication.id)
+        known = name in self._said
+        self._said.put(name, None)
+        return known
+
+    def _log(self, group: str, history: History) -> Log:
+        log, now = self._logs.get(group), self._now()
+        if log is None or log.outlived(now):
+            self._look(2)  # who adds one looks at two: no log costs more because there are many
+            log = self._logs[group] = Log(history, now, self._epoch)
+            self._hand.append((group, log))
+        self._logs.move_to_end(group)
+        if len(self._logs) > self._most:
+            self._logs.popitem(last=False)
+        return log
+
+    def _look(self, steps: int) -> None:
+        now = self._now()
+        for _ in range(min(steps, len(self._hand))):
+            group, log = self._hand.popleft()
+            if self._logs.get(group) is not log:
+                continue  # it went before its time was over
+            if log.outlived(now):
+                del self._logs[group]
+            else:
+                log.expire(now)
+                self._hand.append((group, log))
 
 
 class MemoryPresence:
@@ -121,38 +191,112 @@ class MemoryLimits:
         return self.buckets.hit(key, limit, self._now(), amount)
 
 
+class Held:
+    """A key that is claimed: by whom, until when, and how it ended, if it did."""
+
+    __slots__ = ("answer", "ended", "holder", "until")
+
+    def __init__(self, holder: str, until: float) -> None:
+        self.holder: str = holder
+        self.until: float = until
+        self.answer: bytes | None = None
+        self.ended: anyio.Event | None = None  # there if somebody waits
+
+    def end(self) -> None:
+        """Wake those who wait for it."""
+        if self.ended is not None:
+            self.ended.set()
+
+    def claim(self) -> Claim:
+        """Return what it is to one who comes now."""
+        return Claim("running", self.holder) if self.answer is None else Claim("answered", self.holder, self.answer)
+
+
 class MemoryLedger:
-    """Claims and revocations of this process; what has run out is forgotten with the next one."""
+    """Claims, answers and revocations of this process; what has run out is forgotten with the next one."""
 
-    def __init__(self, wall: Clock = time.time) -> None:
+    def __init__(self, wall: Clock = time.time, *, answers: int = ANSWERS, size: int = ANSWER_BYTES) -> None:
         self._wall = wall
-        self._until: dict[str, float] = {}
-        self._order: list[tuple[float, str]] = []
+        self._most, self._room = answers, size
+        self._held: dict[str, Held] = {}
+        self._answered: OrderedDict[str, int] = OrderedDict()  # and how many bytes, the oldest first
+        self._rules: dict[str, float] = {}
+        self._due: list[tuple[float, str]] = []  # at least one for each key and each rule, and no more than thrice that
 
-    async def claim(self, key: str, ttl: float) -> bool:
-        if self._holds(key):
-            return False
-        self._set(key, self._wall() + ttl)
-        return True
+    async def claim(self, key: str, ttl: float, holder: str = "") -> Claim:
+        self._sweep()
+        if (held := self._holding(key)) is not None:
+            return held.claim()
+        self._held[key] = Held(holder, self._wall() + ttl)
+        self._plan(key, self._wall() + ttl)
+        return FIRST
+
+    async def settle(self, key: str, answer: bytes, ttl: float) -> None:
+        self._sweep()
+        held = self._holding(key)
+        if held is None:
+            held = self._held[key] = Held("", 0.0)
+        if held.answer is None:
+            held.answer, held.until = answer, self._wall() + ttl
+            held.end()
+            self._keep(key, len(answer))
+            self._plan(key, held.until)
+
+    async def release(self, key: str) -> None:
+        held = self._holding(key)
+        if held is not None and held.answer is None:
+            self._forget(key)
+
+    async def outcome(self, key: str, deadline: float) -> Claim:
+        with anyio.move_on_after(deadline):
+            while (held := self._holding(key)) is not None and held.answer is None:
+                held.ended = held.ended or anyio.Event()
+                with anyio.move_on_after(held.until - self._wall()):
+                    await held.ended.wait()
+        held = self._holding(key)
+        return FREE if held is None else held.claim()
 
     async def revoke(self, rule: str, until: float) -> None:
-        self._set(rule, max(until, self._until.get(rule, 0.0)))
+        self._sweep()
+        if until > self._rules.get(rule, self._wall()):
+            self._rules[rule] = until
+            self._plan(rule, until)
 
     async def revoked(self, rules: Sequence[str]) -> bool:
-        return bool(self._until) and any(self._holds(rule) for rule in rules)
+        return bool(self._rules) and any(self._rules.get(rule, 0.0) > self._wall() for rule in rules)
 
-    def _holds(self, key: str) -> bool:
-        return self._until.get(key, 0.0) > self._wall()
+    def _holding(self, key: str) -> Held | None:
+        held = self._held.get(key)
+        if held is not None and held.until <= self._wall():
+            self._forget(key)
+            return None
+        return held
 
-    def _set(self, key: str, until: float) -> None:
-        self._until[key] = until
-        heapq.heappush(self._order, (until, key))
-        while self._order[0][0] <= self._wall():
-            due, old = heapq.heappop(self._order)
-            if self._until.get(old) == due:
-                del self._until[old]
-            if not self._order:
-                break
+    def _forget(self, key: str) -> None:
+        self._held.pop(key).end()
+        self._room += self._answered.pop(key, 0)
+
+    def _keep(self, key: str, size: int) -> None:
+        """Make room for an answer: the oldest go, and it goes itself if it is larger than all the room."""
+        self._answered[key] = size
+        self._room -= size
+        while self._room < 0 or len(self._answered) > self._most:
+            self._forget(next(iter(self._answered)))
+
+    def _plan(self, name: str, due: float) -> None:
+        heapq.heappush(self._due, (due, name))
+        if len(self._due) > 3 * (len(self._held) + len(self._rules)) + 100:
+            self._due = [(held.until, key) for key, held in self._held.items()]
+            self._due += [(until, rule) for rule, until in self._rules.items()]
+            heapq.heapify(self._due)
+
+    def _sweep(self) -> None:
+        now = self._wall()
+        while self._due and self._due[0][0] <= now:
+            name = heapq.heappop(self._due)[1]
+            self._holding(name)
+            if self._rules.get(name, now + 1) <= now:
+                del self._rules[name]
 
 
 def ignore(_: Any) -> None:
@@ -161,4 +305,4 @@ def ignore(_: Any) -> None:
 
 def memory(*, grace: float, now: Clock) -> Backend:
     """Return the backend of ``memory://``; ``grace`` is the presence grace in seconds, ``now`` a monotonic clock."""
-    return Backend(MemoryBroker(), MemoryPresence(grace, now), MemoryLimits(now), MemoryLedger())
+    return Backend(MemoryBroker(now), MemoryPresence(grace, now), MemoryLimits(now), MemoryLedger())

@@ -14,9 +14,22 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from ..exceptions import ConfigurationError, EventError
-from ..frames import Error, Event, Frame, PresenceCount, PresenceDiff, PresenceState, Raw, encode
+from ..frames import (
+    Emit,
+    Error,
+    Event,
+    PresenceCount,
+    PresenceDiff,
+    PresenceState,
+    Raw,
+    ServerFrame,
+    Whispered,
+    encode,
+)
 
 Encoding = Literal["json", "text", "bytes"] | None
+
+SAID = (Error, PresenceState, PresenceDiff, PresenceCount, Whispered)  # frames of the package that a plain client gets
 
 MAX_DEPTH = 64  # levels of nesting of a received value: what was received can always be sent again
 
@@ -28,6 +41,14 @@ class Decodes(Protocol):
         """Return the value."""
 
 
+class Envelope(msgspec.Struct):
+    """An event that is not ``message``, as a plain client says it."""
+
+    event: str
+    data: msgspec.Raw = msgspec.Raw()
+    group: str | None = None
+
+
 class Plain:
     """Spells frames for clients of one encoding."""
 
@@ -37,13 +58,13 @@ class Plain:
         self.encoding = encoding
         self.answers: bool = encoding == "json"  # whether an error can be said to this client
 
-    def encode(self, frame: Frame) -> str | bytes | None:
+    def encode(self, frame: ServerFrame) -> str | bytes | None:
         """Return the frame's text or bytes; ``None`` where it has no spelling."""
         if isinstance(frame, Event):
             return self._event(frame)
         if isinstance(frame, Raw):
             return frame.data
-        return encode(spelled(frame)).decode() if self.answers else None
+        return encode(frame).decode() if self.answers and isinstance(frame, SAID) else None
 
     def _event(self, frame: Event) -> str | bytes:
         if self.encoding == "json":
@@ -55,6 +76,10 @@ class Plain:
         if self.encoding == "bytes" and isinstance(bare, str):
             return bare.encode()
         return bare.decode("utf-8", "replace") if self.encoding == "text" and isinstance(bare, bytes) else bare
+
+    def data(self, raw: msgspec.Raw, decoder: Decodes | None = None) -> Any:
+        """Return the data of an envelope; of none, ``None``. Raises as `decode` does."""
+        return decode_json(bytes(raw) or b"null", decoder)
 
     def decode(self, raw: str | bytes, decoder: Decodes | None = None) -> Any:
         """Return what a client said; JSON is decoded (and validated, by a typed ``decoder``) in one pass.
@@ -75,6 +100,16 @@ class Plain:
 PLAIN: dict[Encoding, Plain] = {encoding: Plain(encoding) for encoding in ("json", "text", "bytes", None)}
 
 _decode = msgspec.json.Decoder().decode
+_envelope = msgspec.json.Decoder(Envelope).decode
+
+
+def enveloped(raw: str | bytes) -> Emit | None:
+    """Return what a client said under the name of an event, ``None`` if it named none."""
+    try:
+        said = _envelope(raw)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    return Emit(said.event, said.data, said.group)
 
 
 def decode_json(raw: str | bytes, decoder: Decodes | None = None) -> Any:
@@ -115,28 +150,3 @@ def containers(values: Iterable[Any]) -> list[Any]:
     """Return those of ``values`` that hold values themselves."""
     return [value for value in values if type(value) in (dict, list)]
 
-
-def spelled(frame: Error | PresenceState | PresenceDiff | PresenceCount) -> dict[str, Any]:
-    """Return the JSON object of a frame that the package itself says."""
-    if isinstance(frame, Error):
-        body: dict[str, Any] = {
-            "type": "error",
-            "code": frame.code,
-            "message": frame.message,
-            "temporary": frame.temporary,
-        }
-        return body if frame.retry_after_ms is None else {**body, "retry_after_ms": frame.retry_after_ms}
-    if isinstance(frame, PresenceCount):
-        return {"type": "presence_count", "group": frame.group, "count": frame.count}
-    head = {"group": frame.group, "version": frame.version}
-    if isinstance(frame, PresenceState):
-        return {"type": "presence_state", **head, "members": metas(frame.members), "after": frame.after}
-    leaves = metas(frame.leaves)
-    for key, reason in frame.reasons.items():
-        leaves[key]["reason"] = reason
-    return {"type": "presence_diff", **head, "joins": metas(frame.joins), "leaves": leaves}
-
-
-def metas(members: Any) -> dict[str, Any]:
-    """Return members in Phoenix's form: each key with its metas."""
-    return {key: {"metas": list(present)} for key, present in members.items()}

@@ -1,0 +1,102 @@
+"""At most once: what a repetition of a client's event meets, and how what came of it is known again.
+
+The law of this file: an event with an id is handled when nobody has begun it, and answered as it was answered
+before when somebody has. Who asks is the key together with the id, so nobody can answer for another. What a
+handler publishes meanwhile is named after the event that it handles, so that a handler which ran one and a half
+times still says each thing once. It knows no wire and no connection.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from hashlib import blake2b
+from typing import Any
+
+import anyio
+import msgspec
+
+from .backends.base import Claim, Ledger
+from .exceptions import EventError
+from .frames import plain_data, printable
+from .protocols.v1 import V1S
+
+PACKED = V1S["rt.v1.msgpack"]  # how an answer is kept, whatever the asker speaks
+
+ONCE = 3600.0  # seconds that an answer is kept
+WAIT = 30.0  # seconds that a repetition waits for the first to end
+
+INTERNAL = EventError("internal", "the server failed to handle this message")
+UNKNOWN = EventError("outcome_unknown", "this event was begun, and nobody knows how it ended")
+
+
+class Origin:
+    """The event that is being handled; it names what is published meanwhile, in the order of publishing."""
+
+    __slots__ = ("_count", "_key")
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._count = 0
+
+    def name(self) -> str:
+        """Return the id of the next publication: the same in each run of the same event."""
+        self._count += 1
+        digest = blake2b(f"{self._key}\n{self._count}".encode("utf-8", "surrogatepass"), digest_size=9)
+        return urlsafe_b64encode(digest.digest()).decode()
+
+
+ORIGIN: ContextVar[Origin | None] = ContextVar("starlette_rt.origin", default=None)
+
+
+async def once(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], *, rerun: bool) -> Any:
+    """Return what ``run`` returns, or what it returned when ``key`` came first; refusals are remembered as well.
+
+    Raises `EventError`: what the handler refused with, ``internal`` for one that failed, ``outcome_unknown`` for
+    one that was begun and never ended (it runs again if ``rerun``), ``unavailable`` while it is still running.
+    """
+    claim = await ledger.claim(key, ONCE)
+    while claim.state == "running":
+        claim = await _ended(ledger, key)
+    return answer_of(claim.answer) if claim.state == "answered" else await _first(ledger, key, run, rerun)
+
+
+async def _ended(ledger: Ledger, key: str) -> Claim:
+    """Wait until the one who has begun is done, and ask again."""
+    if (await ledger.outcome(key, WAIT)).state == "running":
+        raise EventError("unavailable", "this event is still being handled", retry_after=1.0)
+    return await ledger.claim(key, ONCE)
+
+
+async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], rerun: bool) -> Any:
+    """Run, and leave a verdict whatever happens."""
+    verdict: dict[str, Any] | None = None if rerun else refusal(UNKNOWN)
+    token = ORIGIN.set(Origin(key))
+    try:
+        result = plain_data(await run())
+        verdict = {"data": result}
+        return result
+    except EventError as error:
+        verdict = None if error.temporary else refusal(error)
+        raise
+    except Exception:
+        verdict = refusal(INTERNAL)
+        raise
+    finally:
+        ORIGIN.reset(token)
+        with anyio.CancelScope(shield=True):
+            await (ledger.release(key) if verdict is None else ledger.settle(key, bytes(PACKED.raw(verdict)), ONCE))
+
+
+def refusal(error: EventError) -> dict[str, Any]:
+    """Return the answer that says ``error``."""
+    return {"code": printable(error.code), "message": printable(error.message)}
+
+
+def answer_of(answer: bytes) -> Any:
+    """Return what the first one returned, or raise what it raised."""
+    verdict = msgspec.msgpack.decode(answer)
+    if "code" in verdict:
+        raise EventError(verdict["code"], verdict["message"])
+    return verdict["data"]
