@@ -28,7 +28,7 @@ from .presence import Member
 from .realtime import Realtime
 from .tokens import JWTVerifier, TokenBackend, TokenSigner
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CloseCode",

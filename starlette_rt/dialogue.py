@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 WINDOW = 32  # requests that a client may have unanswered
 REPLY = 256 * 1024  # bytes of recovered events in one reply; more are sent ahead of it
 BUSY = 0.1  # seconds after which a client that went beyond its window may try again
+ABREAST = 1.0  # seconds that a client's position may be ahead of this node
 SNAPSHOTS = 3  # how often a snapshot is taken anew because the history broke meanwhile
 
 
@@ -175,6 +176,7 @@ class Dialogue:
         "_protocol",
         "_refreshing",
         "_script",
+        "_serving",
         "_slots",
         "asked",
     )
@@ -187,7 +189,7 @@ class Dialogue:
         self.asked: tuple[str, ...] = ()  # the groups that the client joined itself: these are authorised again
         self._numbers = 0
         self._overrun = 0
-        self._refreshing = False
+        self._refreshing = self._serving = False
         self._calls: dict[int, Call] | None = None
         self._slots: dict[str, anyio.Semaphore] | None = None
         self._murmurs: dict[tuple[str, str], DeclaredWhisper] | None = None
@@ -215,7 +217,7 @@ class Dialogue:
             if batch is not None:
                 batch.stopped = True
             return client.refuse(EventError("rate_limited", "too many messages", retry_after=wait), ref_of(frame))
-        if client.backlog >= WINDOW:
+        if self._unanswered >= WINDOW:
             return self._too_many(frame, batch)
         self._overrun = 0
         client.enqueue(Request(frame, batch))
@@ -249,12 +251,12 @@ class Dialogue:
             if frame.ref is not None:
                 self._client.refuse(EventError("rate_limited", "too many whispers", retry_after=wait), frame.ref)
             return
-        if self._client.backlog < WINDOW:
+        if self._unanswered < WINDOW:
             self._client.enqueue(Request(frame, None))
 
     def _left(self, frame: Leave, batch: Volley | None, size: int) -> None:
         """Queue it behind what was asked before, perhaps the join; within reason it is never refused."""
-        if self._client.backlog < 2 * WINDOW:
+        if self._unanswered < 2 * WINDOW:
             self._client.enqueue(Request(frame, None))
         else:
             self._too_many(frame, batch)
@@ -263,7 +265,7 @@ class Dialogue:
         if self._refreshing:
             return self._client.refuse(EventError("busy", "a refresh is under way", retry_after=BUSY), frame.ref)
         self._refreshing = True
-        self._client.start_soon(self.serve, Request(frame, batch))
+        self._client.start_soon(partial(self._client.guard, self._refresh, frame, ref=frame.ref))
 
     def _answered(self, frame: Reply | Error, batch: Volley | None, size: int) -> None:
         """Hand an answer to whoever waits for it; one that comes too late is nobody's."""
@@ -279,7 +281,15 @@ class Dialogue:
         frame, batch = request
         if batch is not None and batch.stopped:
             return self._skip(frame)
-        await self._client.guard(HANDLED[type(frame)], self, frame, batch, ref=ref_of(frame), batch=batch)
+        self._serving = True
+        try:
+            await self._client.guard(HANDLED[type(frame)], self, frame, batch, ref=ref_of(frame), batch=batch)
+        finally:
+            self._serving = False
+
+    @property
+    def _unanswered(self) -> int:
+        return self._client.backlog + self._serving
 
     async def _join(self, frame: Join, batch: Volley | None) -> None:
         client, group = self._client, frame.group
@@ -301,12 +311,15 @@ class Dialogue:
 
     async def _recover(self, frame: Join) -> Recovered:
         """Return what the client missed. Nothing is awaited between the look into the history and the return."""
-        stream = await self._node.follow(frame.group)
+        stream, asked = await self._node.follow(frame.group), frame.position
         if stream is None:
-            return Recovered(None, frame.position is None, [])
-        if frame.position is None:
+            return Recovered(None, asked is None, [])
+        if asked is None:
             return Recovered(stream.position, True, self._own(stream.last(frame.last)) if frame.last else [])
-        events = self._since(stream, frame.position)
+        if asked.epoch == stream.position.epoch and asked.offset > stream.position.offset:
+            await stream.passed(asked.offset, ABREAST)  # the client comes from a node that is ahead of this one
+            stream = await self._node.follow(frame.group) or stream
+        events = self._since(stream, asked)
         if events is not None and self._bytes(events) <= self._client.room // 2:
             return Recovered(stream.position, True, events)
         return await self._anew(stream, frame.group)
@@ -410,11 +423,12 @@ class Dialogue:
             self._murmurs[frame.group, frame.event] = declared
 
     async def _track(self, frame: Track | Update, batch: Volley | None) -> None:
+        check_joined(frame.group, self._client, self._node.hub)
         try:
             meta = plain_meta(frame.meta)
         except ValueError as error:
             raise EventError("too_large", str(error)) from None
-        meta = await self._script.meta(check_group(frame.group), meta)
+        meta = await self._script.meta(frame.group, meta)
         await self._node.track(self._client, frame.group, meta)
         self._reply(frame.ref)
 
@@ -428,7 +442,7 @@ class Dialogue:
         page = found[: frame.limit]
         self._reply(frame.ref, {"members": told(page), "after": page[-1].key if len(found) > len(page) else None})
 
-    async def _refresh(self, frame: Refresh, batch: Volley | None) -> None:
+    async def _refresh(self, frame: Refresh) -> None:
         try:
             user = await self._script.refresh(frame.token)
             if user.identity != self._client.user.identity:
@@ -558,5 +572,4 @@ HANDLED: dict[type, Callable[[Dialogue, Any, Volley | None], Awaitable[None]]] =
     Update: Dialogue._track,
     Untrack: Dialogue._untrack,
     Page: Dialogue._page,
-    Refresh: Dialogue._refresh,
 }

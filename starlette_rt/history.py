@@ -39,6 +39,10 @@ class Position(msgspec.Struct, frozen=True):
     offset: int
     tag: str
 
+    def asdict(self) -> dict[str, Any]:
+        """Return it as JSON data, for a page that hands it to its client."""
+        return msgspec.structs.asdict(self)
+
 
 class Publication(msgspec.Struct, frozen=True):
     """One broadcast on its way: plain data, so that any backend can carry it.

@@ -172,9 +172,9 @@ class Realtime:
     async def _stop(self) -> None:
         """Close what is still open, wait for its end, and leave nothing running."""
         self._feed.close()
-        self._streams.close()
         await self.drain(self.outbox.close + 2 * SWEEP)  # time for the sweeper to drop who does not read its Close
         self._sweeper.cancel()
+        self._streams.close()
         await self.tasks.close(self.outbox.close)
         await self._backend.presence.stop()
         await self._backend.broker.stop()
@@ -214,6 +214,7 @@ class Realtime:
         self.heartbeats.tick(now)
         self.buckets.sweep(now, 100)
         self._backend.presence.sweep()
+        self._backend.broker.sweep()
         self._streams.tick(now)
 
     def _expires(self, connection: Connection) -> float:

@@ -79,7 +79,8 @@ class Stream(Generic[M]):
         self.due: float = 0.0  # when its log is looked at next
         self._home = home
         self._ring: deque[Kept[M]] = deque(maxlen=history.size)
-        self._ids: Window[int] = Window(SEEN)
+        self._ids: Window[int] = Window(SEEN)  # of what has been told, and the count at which it was
+        self._covered: set[str] = set()  # ids of what was in the log already when its chain began here
         self._dead: Window[None] = Window(SEEN)  # (offset, tag) of what is in the chain no longer
         self._held: list[Publication] | None = None  # there while a task reads the log
         self._bytes = 0
@@ -144,20 +145,20 @@ class Stream(Generic[M]):
 
     def _take(self, publication: Publication) -> None:
         """The next one: it is said, or only counted where it has been said before."""
-        first = self._ids.get(publication.id) if publication.id else None
-        # Said before a break, it may be unknown to those who came since: to them it must be said.
-        seen = first is not None and first > min(self._broke_at, self._joined_at)
-        spared = seen and first is not None and first <= self._broke_at
-        message = self._append(publication, seen, spared)
+        said = self._ids.get(publication.id) or 0
+        again = said > self._broke_at or publication.id in self._covered
+        # Said before a break, it may be unknown to those who came since: then it is said to all.
+        spared = not again and said > self._joined_at
+        message = self._append(publication, again or spared, spared)
+        self._told += 1
+        if publication.id:
+            self._ids.put(publication.id, self._told)
         self.position = after(self.position, publication)
         if not self.closed:
             self._home.deliver(publication, message)
         self._move()
 
     def _append(self, publication: Publication, seen: bool, spared: bool = False) -> M:
-        self._told += 1
-        if publication.id:
-            self._ids.put(publication.id, self._told)
         message = self._home.spell(publication, seen)
         self._ring.append(Kept(publication, message, spared))
         self._fresh = self._home.tasks.time()
@@ -237,8 +238,11 @@ class Stream(Generic[M]):
         self._bury(reading, [kept.publication for kept in self._ring])
         self._ring.clear()
         self._broke_at = self._told
+        self._covered = set()
         for entry in reading.entries:
-            self._append(entry, (self._ids.get(entry.id) or 0) > self._broke_at)
+            self._append(entry, entry.id in self._covered)
+            if entry.id:
+                self._covered.add(entry.id)
         self.position = reading.position
         broke, self.ready = self.ready, True
         if broke:

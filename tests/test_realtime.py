@@ -574,7 +574,8 @@ async def test_a_living_connection_is_closed_when_its_token_expires(often: None)
         await bob.silent()
 
 
-async def test_an_identity_of_the_hosts_expires_too(often: None) -> None:
+async def test_an_identity_of_the_hosts_expires_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_rt.realtime.SWEEP", 60.0)
     rt = Realtime()
 
     async def ws(websocket: WebSocket) -> None:
@@ -582,6 +583,7 @@ async def test_an_identity_of_the_hosts_expires_too(often: None) -> None:
 
     async with connect(live(rt, ws), "/ws") as ann:
         await ann.receive_json()
+        rt._look()
         assert await ann.closed() == CloseCode.TOKEN_EXPIRED
     assert rt.stats()["connections"] == 0
 

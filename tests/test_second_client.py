@@ -239,7 +239,7 @@ async def test_the_client_says_each_example_of_a_client(spelling: Spelling) -> N
         await client.track(GROUP, {"name": "Ada"})
         await client.track(GROUP, {"name": "Ada", "away": True}, kind="update")
         await client.untrack(GROUP)
-        await client.request("presence", group=GROUP, after="ada", limit=200)
+        await client.request("presence", group=GROUP, after="ada", limit=CLIENT["presence"][0]["limit"])
         await client.request("refresh", token="eyJz…")
         await client.leave(GROUP)
         await client.whisper(GROUP, "typing", {"where": "title"})
@@ -468,6 +468,46 @@ async def test_after_a_loss_groups_are_joined_in_one_batch_and_then_the_queue_is
 
 
 @pytest.mark.unit
+async def test_a_group_that_the_server_joins_too_is_asked_for_once(spelling: Spelling) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.say(WELCOME)
+        await peer.reply(await peer.next("join"), {**FRESH, "position": at(1)})
+        await peer.next("event")
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.say(WELCOME, {"type": "joined", "group": GROUP, "position": at(2)}, said("3", 3))
+        events = [said("2", 2), said("3", 3)]
+        await peer.reply(await peer.next("join"), {"position": at(3), "recovered": True, "events": events})
+        await peer.reply(await peer.next("event"))
+
+    async with fake(spelling, script, second) as server, Client(server.url, spelling=spelling) as client:
+        immediate(client)
+        await client.join(GROUP)
+        await client.emit("say")
+        assert texts(client.heard) == ["2", "3"]
+        assert client.groups[GROUP].position == at(3)
+
+
+@pytest.mark.unit
+async def test_what_was_refused_for_a_time_may_be_sent_again_however_late(spelling: Spelling) -> None:
+    now = 0.0
+
+    async def script(peer: Peer) -> None:
+        nonlocal now
+        await peer.say(WELCOME)
+        asked = await peer.next("event")
+        now = WELCOME["once_ms"] / 1000
+        await peer.say(error(asked, "unavailable", True))
+        await peer.reply(await peer.next("event"), "ok")
+
+    async with fake(spelling, script) as server:
+        async with Client(server.url, spelling=spelling, clock=lambda: now) as client:
+            immediate(client)
+            assert await client.emit("say") == "ok"
+
+
+@pytest.mark.unit
 async def test_an_event_is_not_sent_again_when_its_id_is_forgotten(spelling: Spelling) -> None:
     now = 0.0
 
@@ -592,6 +632,7 @@ async def test_what_was_held_back_follows_the_reply_each_offset_once(spelling: S
     async with fake(spelling, script) as server, Client(server.url, spelling=spelling) as client:
         await client.hear(event="done")
         assert texts(client.heard) == ["4", "5", "6", "7", "8", "9", "11", "14"]
+        assert not [frame for frame in client.heard if "skip" in frame]
         assert client.groups[GROUP].position == at(14)
         assert client.gaps == []
 

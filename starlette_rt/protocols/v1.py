@@ -23,7 +23,7 @@ from ..frames import MAX_NAME, ClientFrame, Emit, Frame, ServerFrame
 from ..history import Position
 from .plain import MAX_DEPTH, brackets, containers, too_deep
 
-MAX_ELEMENTS = 10_000  # values inside the arrays and objects of one message, the frames and their fields included
+MAX_ELEMENTS = 10_000  # values in arrays and objects of one message, frames and their fields too; an empty one has one
 MAX_FRAMES = 1_000  # of one message
 MAX_INT = 2**53 - 1  # what every client can count to
 MAX_ID = 64  # characters
@@ -272,31 +272,31 @@ TOO_MANY = f"{MAX_ELEMENTS} elements"
 def check_json(raw: str | bytes) -> None:
     """Refuse JSON of more elements than are allowed, before it is decoded.
 
-    Each element but the first has a comma before it or a bracket around it: only with many of them it is looked at.
+    Each element but the first has a comma before it or a bracket around it: only where there are many it is looked
+    which of them are in strings.
     """
-    if marks(raw) > MAX_ELEMENTS and elements(structure(raw)) > MAX_ELEMENTS:
+    if marks(raw) > MAX_ELEMENTS and marks(outside_strings(raw)) > MAX_ELEMENTS:
         raise too_large(TOO_MANY)
 
 
 def marks(raw: str | bytes) -> int:
-    """Return how many commas and opening brackets there are, those in strings included."""
+    """Return how many commas and opening brackets there are."""
     return brackets(raw) + (raw.count(",") if isinstance(raw, str) else raw.count(b","))
 
 
-def structure(raw: str | bytes) -> bytes:
-    """Return JSON without space and with one quote for each string; of what is not JSON, something.
+NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
 
-    An element has two strings at most, its key and itself: what follows after so many is counted as it is.
+
+def outside_strings(raw: str | bytes) -> bytes:
+    """Return the brackets, commas and colons of JSON that are not in a string; of what is not JSON, some.
+
+    An element has two strings at most, its key and itself: what follows after so many counts as it is.
     """
     encoded = raw.encode("ascii", "replace") if isinstance(raw, str) else raw
     if b"\\" in encoded:
         encoded = encoded.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b"".join(b'"'.join(encoded.split(b'"', 4 * MAX_ELEMENTS + 2)[::2]).split())
-
-
-def elements(bare: bytes) -> int:
-    """Return how many values are inside arrays and objects: one more than the commas of each that is not empty."""
-    return marks(bare) - bare.count(b"[]") - bare.count(b"{}")
+    sparse = encoded.translate(None, NO_MARKS).replace(b'""', b"")  # most strings hold none, and that was all of them
+    return b"".join(sparse.split(b'"', 4 * MAX_ELEMENTS + 2)[::2])
 
 
 def heads() -> list[tuple[int, int, int, int]]:
@@ -339,11 +339,17 @@ def walk(raw: bytes) -> None:
         if digits:
             many = int.from_bytes(raw[place + 1 : place + 1 + digits])
         if values:
-            seen += many
+            seen += many or 1
             if seen > MAX_ELEMENTS:
                 raise too_large(TOO_MANY)
         place += size if values else size + many
         left += many * values - 1
+
+
+def check_frames(batch: list[Any]) -> None:
+    """Refuse a batch of more frames than are allowed."""
+    if len(batch) > MAX_FRAMES:
+        raise too_large(f"{MAX_FRAMES} frames")
 
 
 # Reading.
@@ -372,8 +378,7 @@ class Reader:
             got = self._piece_by_piece(raw)
         if type(got) is not list:
             return [got]
-        if len(got) > MAX_FRAMES:
-            raise too_large(f"{MAX_FRAMES} frames")
+        check_frames(got)
         return got
 
     def _piece_by_piece(self, raw: str | bytes) -> list[Any]:
@@ -385,7 +390,8 @@ class Reader:
         except FAULTS as error:
             raise self.fault(error) from None
         else:
-            found = [self._one_of_many(piece) for piece in pieces[: MAX_FRAMES + 1]]
+            check_frames(pieces)
+            found = [self._one_of_many(piece) for piece in pieces]
         return [frame for frame in found if frame is not None]
 
     def _one_of_many(self, raw: msgspec.Raw) -> Any:

@@ -1,0 +1,1068 @@
+/*
+ * The client of starlette_rt, protocol version 1, for browsers and Node.js from 22 on.
+ *
+ * The law of this file: nothing is lost without a word. What was emitted is answered, refused or `outcome_unknown`;
+ * what a group said is shown once and in order, or `recovered: false` says that something is missing. Every buffer
+ * has a bound, every wait is jittered, and whatever a callback throws stays the callback's.
+ *
+ * Names that begin with an underscore are not for users. Names from the network live in a Map, never in an object.
+ */
+
+const HANDSHAKE = 20_000; // ms from the first step of an attempt to its welcome
+const STABLE = 10_000; // ms after which a connection has forgotten the failures before it
+const SEEN = 500; // ids of events that a group remembers
+const REFUSALS = 32; // refusals in FORGIVEN ms that we risk; the server ends a connection at 50
+const FORGIVEN = 10_000;
+const ELEMENTS = 10_000; // values in one message
+const DEPTH = 64;
+const ORPHANED = 7 * 24 * 3_600_000; // ms that the queue of another session stays in the storage
+const REFUSED = new Set(
+  "bad_message bad_name invalid too_large unknown_event unknown_whisper not_joined forbidden".split(" "),
+);
+const UTF8 = new TextEncoder();
+
+const CLOCK = {
+  now: () => Date.now(),
+  setTimeout: (fn, ms) => setTimeout(fn, ms),
+  clearTimeout: (timer) => clearTimeout(timer),
+  random: () => Math.random(),
+};
+
+export class RealtimeError extends Error {
+  constructor(code, message = code, { temporary = false, retryAfter = null, event, id } = {}) {
+    super(message);
+    this.name = "RealtimeError";
+    Object.assign(this, { code, temporary, retryAfter, event, id });
+  }
+}
+
+/** Open a connection and keep it; see the documentation for the options. `clock` is for tests. */
+export function connect(url, options = {}) {
+  return new Realtime(url, options);
+}
+
+// Small things
+
+const nothing = () => {};
+
+function report(error) {
+  if (globalThis.reportError) globalThis.reportError(error);
+  else console.error(error);
+}
+
+/** Some functions of the user, called one after the other; what one throws is reported and stops no other. */
+class Callbacks {
+  constructor() {
+    this.all = new Set();
+  }
+
+  add(fn) {
+    const entry = { fn }; // the same function may be added twice
+    this.all.add(entry);
+    return () => void this.all.delete(entry);
+  }
+
+  call(...args) {
+    for (const { fn } of [...this.all]) {
+      try {
+        fn(...args)?.then?.(undefined, report);
+      } catch (error) {
+        report(error);
+      }
+    }
+  }
+}
+
+/** Callbacks by the name of an event. */
+class Named {
+  constructor() {
+    this.names = new Map();
+  }
+
+  add(name, fn) {
+    if (!this.names.has(name)) this.names.set(name, new Callbacks());
+    return this.names.get(name).add(fn);
+  }
+
+  call(name, ...args) {
+    this.names.get(name)?.call(...args);
+  }
+}
+
+function base64(bytes) {
+  let text = "";
+  for (const byte of bytes) text += String.fromCharCode(byte);
+  return btoa(text);
+}
+
+function randomId() {
+  const text = base64(crypto.getRandomValues(new Uint8Array(16)));
+  return text.replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
+}
+
+function address(url) {
+  const whole = new URL(url, globalThis.location?.href);
+  whole.protocol = whole.protocol.replace(/^http/, "ws");
+  whole.hash = "";
+  return whole;
+}
+
+/** The session is a secret of this tab: it lives as long as the tab does, across reloads. */
+function sessionOf(given, place) {
+  const sound = /^[\w-]{22,64}$/;
+  if (given !== undefined) {
+    if (!sound.test(given)) throw new TypeError("session: 22 to 64 characters of A-Z a-z 0-9 _ -");
+    return given;
+  }
+  const key = `starlette-rt|session|${place}`;
+  const made = randomId();
+  try {
+    const kept = globalThis.sessionStorage?.getItem(key);
+    if (sound.test(kept ?? "")) return kept;
+    globalThis.sessionStorage?.setItem(key, made);
+  } catch {
+    // a page that may not store anything is another guest after a reload
+  }
+  return made;
+}
+
+/** How many values a value holds; Infinity if it is nested deeper than a message may be. */
+function elements(value, depth = 1) {
+  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return 1;
+  if (depth > DEPTH) return Infinity;
+  let count = 1;
+  for (const part of Object.values(value)) count += elements(part, depth + 1);
+  return count;
+}
+
+const comesBack = (code) => !(code === 1000 || code === 1003 || (code >= 4500 && code <= 4999));
+
+const samePlace = (a, b) => a.epoch === b.epoch && a.offset === b.offset && a.tag === b.tag;
+
+/** What to show after the reply to a join: its events and then what was held back, each offset once, in order. */
+function merge(events, held, recovered, asked, position) {
+  const after = recovered ? (asked?.offset ?? -Infinity) : (position?.offset ?? -Infinity);
+  const numbered = new Map();
+  for (const frame of held) if (frame.offset > after) numbered.set(frame.offset, frame);
+  for (const frame of events) {
+    if (frame.offset !== undefined && !(recovered && frame.offset <= after)) numbered.set(frame.offset, frame);
+  }
+  const ordered = [...numbered.values()].sort((a, b) => a.offset - b.offset);
+  return [...ordered, ...held.filter((frame) => frame.offset === undefined)];
+}
+
+/**
+ * Requests in their order. While all goes well they are sent as they come. As soon as one has to wait, or one met a
+ * temporary error, a batch is sent, all of it is awaited, and the next begins with the first that was refused. What a
+ * batch may risk is bounded too: behind a refused one all others are `skipped`, and a server counts refusals.
+ *
+ * An item has `frame()` and `settle(error, data)`; perhaps `held()`: it cannot go yet, nor what is behind it;
+ * `expired()`: an error instead of sending it; `sent()`, `refused()` and `lost()`: what became of it.
+ */
+class Lane {
+  constructor(client, name) {
+    Object.assign(this, { client, name, items: [], flying: 0, careful: false });
+    Object.assign(this, { size: Infinity, notBefore: 0, failures: 0 });
+  }
+
+  push(item) {
+    this.items.push(Object.assign(item, { ref: null, settled: false }));
+    this.client._soon();
+  }
+
+  remove(item) {
+    const at = this.items.indexOf(item);
+    if (at >= 0) this.items.splice(at, 1);
+    if (!this.items.length) this.careful = false;
+  }
+
+  settle(item, error, data) {
+    this.remove(item);
+    if (item.settled) return undefined;
+    item.settled = true;
+    return item.settle(error, data);
+  }
+
+  pump() {
+    const { client } = this;
+    if (!client._live || (this.careful && this.flying)) return;
+    const now = client._clock.now();
+    const wait = Math.max(this.notBefore, client._breather(now)) - now;
+    if (wait > 0) {
+      if (this.items.length) this.careful = true;
+      client._after(this.name, wait, () => client._pump());
+      return;
+    }
+    let room = client._room(now);
+    if (this.careful) room = Math.min(room, this.size);
+    const batch = { left: 0, accepted: 0, refused: false, told: false };
+    const parts = [];
+    let bytes = 2;
+    let values = 1;
+    for (const item of [...this.items]) {
+      if (item.ref !== null) continue;
+      if (parts.length >= room || item.held?.()) break;
+      const expired = item.expired?.();
+      if (expired) {
+        this.settle(item, expired);
+        continue;
+      }
+      const frame = { ...item.frame(), ref: client._lastRef + 1 };
+      const part = client._encode(frame);
+      const size = client._bytes(part);
+      const weight = elements(frame);
+      if (size > client._maxSize || weight === Infinity || weight > ELEMENTS) {
+        this.settle(item, new RealtimeError("too_large", `more than the server takes: ${size} bytes`));
+        continue;
+      }
+      // Keys may count as values, so each frame is weighed twice: a batch stays well below the bound.
+      if (parts.length && (bytes + size + 1 > client._maxSize || values + 2 * weight > ELEMENTS)) break;
+      bytes += size + 1;
+      values += 2 * weight;
+      parts.push(part);
+      item.ref = ++client._lastRef;
+      item.batch = batch;
+      item.sent?.();
+      client._unanswered.set(item.ref, { at: now, lane: this, item });
+    }
+    this.flying += parts.length;
+    batch.left = parts.length;
+    if (parts.length) client._write(parts);
+    if (this.items.some((item) => item.ref === null)) this.careful = true;
+  }
+
+  answered(item, error, data) {
+    const { client } = this;
+    const { batch } = item;
+    let then;
+    item.ref = null;
+    this.flying -= 1;
+    batch.left -= 1;
+    if (error?.temporary && !item.settled) {
+      if (batch.refused || error.retryAfter === null) client._fault();
+      batch.refused = this.careful = true;
+      if (error.code !== "skipped") {
+        batch.told = true;
+        this.wait(error.retryAfter ?? client._jitter(this.failures));
+      }
+      item.refused?.();
+    } else {
+      if (!batch.refused) batch.accepted += 1;
+      if (error && REFUSED.has(error.code)) client._fault();
+      then = this.settle(item, error, data);
+    }
+    if (!batch.left) {
+      if (batch.refused) {
+        this.size = Math.max(1, batch.accepted);
+        if (!batch.told) this.wait(client._jitter(this.failures));
+        this.failures += 1;
+      } else {
+        this.size = Math.min(client._window, this.size * 2);
+        this.failures = 0;
+      }
+    }
+    client._pump();
+    return then;
+  }
+
+  wait(ms) {
+    this.notBefore = Math.max(this.notBefore, this.client._clock.now() + ms);
+  }
+
+  /** The connection is gone: what was in flight waits again, at its place. */
+  lost() {
+    this.flying = 0;
+    for (const item of [...this.items]) {
+      if (item.ref === null) continue;
+      item.ref = null;
+      item.lost?.();
+      if (item.settled) this.remove(item);
+    }
+    this.careful = this.items.length > 0;
+  }
+
+  /** The server closed because it was asked too much: say less at a time. */
+  slower() {
+    this.size = Math.max(1, Math.floor(Math.min(this.size, this.client._window) / 4));
+    this.careful = this.items.length > 0;
+  }
+}
+
+class Realtime {
+  constructor(url, options) {
+    const { token, codec, storage, session, timeout, queue = 1000, backoff, WebSocket, clock } = options;
+    this.state = "connecting";
+    this.identity = null;
+    this.connection = null;
+    this.latency = null;
+    this._url = address(url);
+    this._place = this._url.origin + this._url.pathname; // without a query, which may hold a secret
+    this.session = sessionOf(session, this._place);
+    this._token = token;
+    this._codec = codec;
+    this._storage = storage;
+    this._timeout = timeout;
+    this._queue = queue;
+    this._backoff = { base: 500, cap: 20_000, ...backoff };
+    this._WebSocket = WebSocket ?? globalThis.WebSocket;
+    this._clock = { ...CLOCK, ...clock };
+    if (!this._WebSocket) throw new TypeError("no WebSocket here; hand one in as the option `WebSocket`");
+
+    this._socket = null;
+    this._live = false; // between a welcome and the end of its connection
+    this._turn = 0; // of attempts: what comes back late from an older one is ignored
+    this._attempts = 0; // that failed since a connection was stable
+    this._hurried = false; // come back at once after 4001, but not twice
+    this._notBefore = 0; // the server asked for so much patience
+    this._goodbye = null;
+    this._window = 32;
+    this._maxSize = 65_536;
+    this._onceMs = Infinity;
+    this._heard = 0;
+    this._inbox = [];
+    this._paused = false;
+    this._flushing = false;
+    this._lastRef = 0;
+    this._lastKey = 0;
+    this._faults = [];
+    this._unanswered = new Map(); // ref -> what to do with its answer
+    this._timers = new Map();
+    this._groups = new Map();
+    this._answers = new Map();
+    this._requests = new Lane(this, "requests"); // joins and what goes with them
+    this._events = new Lane(this, "events");
+    this._named = new Named();
+    this._states = new Callbacks();
+    this._latencies = new Callbacks();
+    this._errors = new Callbacks();
+    this._unsaved = new Set();
+
+    this._restore();
+    this._listen();
+    this._open();
+  }
+
+  // What users call
+
+  get pending() {
+    return this._events.items.filter((item) => !item.settled).length;
+  }
+
+  emit(event, data = null, { group = null, timeout = this._timeout, id = randomId() } = {}) {
+    const item = { event, id, group, first: null, who: this.identity };
+    item.promise = new Promise((resolve, reject) => {
+      if (this.state === "closed") throw new RealtimeError("closed", "the connection is closed", item);
+      if (this.pending >= this._queue) {
+        throw new RealtimeError("queue_full", `${this._queue} events are waiting already`, item);
+      }
+      item.data = this._copy(data); // what the caller changes later is not what was said
+      item.until = timeout > 0 && timeout < Infinity ? this._clock.now() + timeout : null;
+      this._enqueue(item, (error, answer) => (error ? reject(error) : resolve(answer)));
+    });
+    return item.promise;
+  }
+
+  on(event, fn) {
+    return this._named.add(event, fn);
+  }
+
+  answer(event, fn) {
+    this._answers.set(event, fn);
+    return () => void (this._answers.get(event) === fn && this._answers.delete(event));
+  }
+
+  onState(fn) {
+    return this._states.add(fn);
+  }
+
+  onLatency(fn) {
+    return this._latencies.add(fn);
+  }
+
+  onError(fn) {
+    return this._errors.add(fn);
+  }
+
+  join(name, { position, last, presence } = {}) {
+    const group = this.group(name);
+    const asksMore = presence !== undefined && presence !== group._told;
+    group._leaving = false;
+    if (position && !group._position) group._position = { ...position };
+    if (last !== undefined) group._last = last;
+    if (presence !== undefined) group._told = presence;
+    if (!group._wanted || asksMore) {
+      group._wanted = true;
+      group._renew();
+      group._ask();
+    }
+    return group;
+  }
+
+  group(name) {
+    if (!this._groups.has(name)) this._groups.set(name, new Group(this, name));
+    return this._groups.get(name);
+  }
+
+  reconnect() {
+    if (this.state === "connecting") return;
+    if (this.state === "closed") {
+      this._restore();
+      this._listen();
+    }
+    this._cut();
+    this._notBefore = 0;
+    this._open();
+  }
+
+  close() {
+    if (this.state === "closed") return;
+    this._deaf?.();
+    this._end(1000, "closed by this client", true);
+  }
+
+  // The connection
+
+  async _open() {
+    const turn = ++this._turn;
+    this._stop("retry");
+    this._goodbye = null;
+    // A browser's word that it is offline is shown, and not quite believed.
+    if (!(this.state === "offline" && this._offline())) this._become("connecting");
+    this._after("handshake", HANDSHAKE, () => this._lost(1006, "no welcome in time"));
+    let token;
+    try {
+      token = typeof this._token === "function" ? await this._token() : this._token;
+    } catch (error) {
+      if (turn !== this._turn) return;
+      const reason = `no token: ${error?.message ?? error}`;
+      if (error?.fatal) this._end(null, reason);
+      else this._lost(null, reason);
+      return;
+    }
+    if (turn !== this._turn) return;
+    const spoken = this._codec ? "rt.v1.msgpack" : "rt.v1.json";
+    const offered = [spoken, `rt.session.${this.session}`];
+    if (token !== undefined && token !== null && token !== "") offered.push(`rt.token.${token}`);
+    let socket;
+    try {
+      socket = new this._WebSocket(this._url.href, offered);
+    } catch (error) {
+      this._end(null, `no connection is possible: ${error.message}`);
+      return;
+    }
+    this._socket = socket;
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      if (socket.protocol !== spoken) this._end(null, `${this._place} does not speak ${spoken}`);
+    };
+    socket.onmessage = (message) => this._hear(message.data);
+    socket.onclose = ({ code, reason }) => this._lost(code, reason);
+    socket.onerror = nothing; // its close follows
+  }
+
+  _welcome(frame) {
+    this._live = true;
+    this._stop("handshake");
+    this.identity = frame.identity;
+    this.connection = frame.connection;
+    this._window = frame.window ?? this._window;
+    this._maxSize = frame.max_size ?? this._maxSize;
+    this._onceMs = frame.once_ms ?? Infinity;
+    this._patience = (frame.ping_interval_ms ?? 0) + (frame.ping_timeout_ms ?? 0);
+    this._watch();
+    this._renewal(frame.ttl_ms);
+    this._after("stable", STABLE, () => {
+      this._attempts = 0;
+      this._hurried = false;
+    });
+    // All joins first, then who we are in the groups, then the questions that were open.
+    const open = this._requests.items;
+    this._requests.items = [];
+    for (const group of this._groups.values()) if (group._wanted) group._ask();
+    for (const group of this._groups.values()) {
+      if (group._tracked === undefined) continue;
+      const same = open.filter((item) => item.kind === "track" && item.group === group);
+      group._assert((error, data) => same.forEach((item) => item.settle(error, data)));
+    }
+    this._requests.items.push(...open.filter((item) => item.kind === "presence"));
+    this._pump();
+    this._become("open");
+  }
+
+  /** Forget the connection, whatever state it is in. */
+  _cut(code) {
+    this._turn += 1;
+    this._live = false;
+    this._paused = false;
+    this._inbox = [];
+    this._unanswered.clear();
+    for (const name of [...this._timers.keys()]) this._stop(name);
+    const socket = this._socket;
+    this._socket = null;
+    if (socket) {
+      socket.onopen = socket.onmessage = socket.onclose = null;
+      try {
+        if (code) socket.close(code);
+        else socket.close();
+      } catch {
+        // it was not open any more
+      }
+    }
+    this._events.lost();
+    this._requests.lost();
+    for (const group of [...this._groups.values()]) group._lost();
+    this._save();
+  }
+
+  /** The connection, or the attempt at one, is over; come back unless the code says not to. */
+  _lost(code, reason) {
+    const goodbye = this._goodbye;
+    if (goodbye && (code === 1005 || code === 1006)) code = goodbye.code;
+    reason ||= goodbye?.reason ?? "";
+    this._cut();
+    if (code !== null && !comesBack(code)) {
+      this._end(code, reason);
+      return;
+    }
+    if (code === 4002 || code === 4003) {
+      this._events.slower();
+      this._requests.slower();
+    }
+    const asked = goodbye?.retry_after_ms ?? 0;
+    const atOnce = code === 4001 && !this._hurried;
+    if (atOnce) this._hurried = true;
+    const wait = asked + (atOnce ? 0 : this._jitter(this._attempts++));
+    this._notBefore = this._clock.now() + asked;
+    this._after("retry", wait, () => this._open());
+    this._become(this._offline() ? "offline" : "waiting", { code, reason, retryIn: wait });
+  }
+
+  /** Closed for good, until somebody calls `reconnect`. What is kept in a storage stays there. */
+  _end(code, reason, byUs = false) {
+    this._cut(byUs ? code : undefined);
+    for (const item of [...this._events.items]) {
+      const unknown = item.uncertain && !this._storage;
+      const kept = this._storage ? "closed; it is kept in the storage" : "closed before it was answered";
+      if (byUs) item.promise?.catch(nothing); // who closes need not listen
+      item.keep = true;
+      this._events.settle(item, new RealtimeError(unknown ? "outcome_unknown" : "closed", kept, item));
+    }
+    for (const item of [...this._requests.items]) {
+      if (byUs) item.promise?.catch(nothing);
+      this._requests.settle(item, new RealtimeError("closed", reason));
+    }
+    for (const group of this._groups.values()) group._fail(new RealtimeError("closed", reason));
+    this._become("closed", { code, reason });
+  }
+
+  _become(state, { code = null, reason = "", retryIn = null } = {}) {
+    if (state === this.state && retryIn === null) return;
+    this.state = state;
+    this._states.call(state, { code, reason, retryIn });
+  }
+
+  /** Full jitter: the bound doubles up to the cap and the wait is drawn below it, also at the cap. */
+  _jitter(failures) {
+    const { base, cap } = this._backoff;
+    return this._clock.random() * Math.min(cap, base * 2 ** failures);
+  }
+
+  _watch() {
+    if (!this._live || !this._patience) return;
+    const left = this._heard + this._patience - this._clock.now();
+    if (left <= 0) this._lost(1006, "nothing heard for too long");
+    else this._after("watch", left, () => this._watch());
+  }
+
+  _offline() {
+    return globalThis.navigator?.onLine === false;
+  }
+
+  /** Try now, or as soon as the server allows. */
+  _try() {
+    if (this.state !== "waiting" && this.state !== "offline") return;
+    const wait = this._notBefore - this._clock.now();
+    if (wait <= 0) this._open();
+    else this._after("retry", wait, () => this._open());
+  }
+
+  _listen() {
+    const offs = [];
+    const listen = (target, event, fn) => {
+      target?.addEventListener?.(event, fn);
+      offs.push(() => target?.removeEventListener?.(event, fn));
+    };
+    listen(globalThis, "online", () => this._try());
+    listen(globalThis, "offline", () => {
+      if (this.state === "waiting") this._become("offline");
+    });
+    listen(globalThis, "pageshow", (event) => {
+      if (event.persisted && this.state !== "closed") {
+        this._cut(); // the page slept in the browser's cache, and its socket did not survive that
+        this._open();
+      }
+    });
+    listen(globalThis.document, "visibilitychange", () => {
+      if (globalThis.document.visibilityState !== "visible") return;
+      this._watch();
+      this._try();
+    });
+    this._deaf = () => offs.forEach((off) => off());
+  }
+
+  // Tokens
+
+  /** Plan to fetch a new token before this one runs out. */
+  _renewal(ttl) {
+    if (typeof this._token !== "function" || ttl === null || ttl === undefined) return;
+    const early = Math.max(ttl / 10, 5000);
+    this._after("refresh", Math.max(ttl - early, ttl / 2), () => this._refresh(0));
+  }
+
+  async _refresh(failures) {
+    const turn = this._turn;
+    try {
+      const token = await this._token();
+      if (turn !== this._turn) return;
+      const data = await this._request({ type: "refresh", token });
+      this._renewal(data?.ttl_ms);
+    } catch (error) {
+      if (turn !== this._turn || error?.fatal) return; // the server closes with 4001 when it is time
+      const wait = Math.max(error?.retryAfter ?? 0, 1000) + this._jitter(failures);
+      this._after("refresh", wait, () => this._refresh(failures + 1));
+    }
+  }
+
+  /** Ask outside of the lanes: a refresh must not wait behind a queue. */
+  _request(frame) {
+    return new Promise((resolve, reject) => {
+      const settle = (error, data) => (error ? reject(error) : resolve(data));
+      this._unanswered.set(++this._lastRef, { at: this._clock.now(), settle });
+      this._say({ ...frame, ref: this._lastRef });
+    });
+  }
+
+  // Speaking
+
+  _encode(value) {
+    if (this._codec) return this._codec.encode(value);
+    return JSON.stringify(value, function (key, part) {
+      return this[key] instanceof Uint8Array ? base64(this[key]) : part;
+    });
+  }
+
+  _decode(data) {
+    if (this._codec) return this._codec.decode(new Uint8Array(data));
+    return JSON.parse(data);
+  }
+
+  _copy(data) {
+    const bytes = this._encode(data ?? null);
+    return this._codec ? this._codec.decode(bytes) : JSON.parse(bytes);
+  }
+
+  _bytes(part) {
+    return this._codec ? part.length : UTF8.encode(part).length;
+  }
+
+  /** Send encoded frames as one message. */
+  _write(parts) {
+    let message = parts[0];
+    if (parts.length > 1 && !this._codec) message = `[${parts.join()}]`;
+    else if (parts.length > 1) {
+      const count = parts.length; // MessagePack says how long an array is in front of it
+      const head = count < 16 ? [0x90 | count] : [0xdc, count >> 8, count & 255];
+      message = new Uint8Array(parts.reduce((sum, part) => sum + part.length, head.length));
+      let at = head.length;
+      message.set(head);
+      for (const part of parts) {
+        message.set(part, at);
+        at += part.length;
+      }
+    }
+    try {
+      this._socket.send(message);
+    } catch {
+      // it is closing, and its close follows
+    }
+  }
+
+  _say(frame) {
+    this._write([this._encode(frame)]);
+  }
+
+  _soon() {
+    if (this._flushing) return;
+    this._flushing = true;
+    queueMicrotask(() => {
+      this._flushing = false;
+      this._pump();
+    });
+  }
+
+  _pump() {
+    this._requests.pump();
+    this._events.pump();
+    this._save();
+  }
+
+  /** How many more requests may be unanswered, if all that are should be refused. */
+  _room(now) {
+    this._faults = this._faults.filter((at) => at > now - FORGIVEN);
+    const flying = this._unanswered.size;
+    const room = Math.min(this._window, REFUSALS - this._faults.length) - flying;
+    return flying ? room : Math.max(1, room);
+  }
+
+  /** When the next request may go, after so many refusals that the server might lose its patience. */
+  _breather(now) {
+    const faults = this._faults.filter((at) => at > now - FORGIVEN);
+    return faults.length < REFUSALS + 12 ? 0 : faults[0] + FORGIVEN;
+  }
+
+  _fault() {
+    this._faults.push(this._clock.now());
+  }
+
+  _after(name, ms, fn) {
+    this._stop(name);
+    const run = () => {
+      this._timers.delete(name);
+      fn();
+    };
+    this._timers.set(name, this._clock.setTimeout(run, Math.min(Math.max(ms, 0), 0x7fffffff)));
+  }
+
+  _stop(name) {
+    if (this._timers.has(name)) this._clock.clearTimeout(this._timers.get(name));
+    this._timers.delete(name);
+  }
+
+  // Hearing
+
+  _hear(data) {
+    this._heard = this._clock.now();
+    try {
+      this._inbox.push(...[].concat(this._decode(data)));
+    } catch {
+      this._lost(1006, "a message that cannot be read"); // it held something: recover it
+      return;
+    }
+    this._drain();
+  }
+
+  _drain() {
+    while (!this._paused && this._inbox.length) {
+      let then;
+      try {
+        then = this._take(this._inbox.shift());
+      } catch (error) {
+        report(error);
+      }
+      if (!then) continue;
+      // Who awaits `ready` goes on now, before the events that came with it.
+      const turn = this._turn;
+      this._paused = true;
+      queueMicrotask(() => {
+        if (turn !== this._turn) return;
+        this._paused = false;
+        then();
+        this._drain();
+      });
+    }
+  }
+
+  _take(frame) {
+    const type = frame?.type;
+    if (!this._live && type !== "welcome" && type !== "goodbye" && type !== "error") return undefined;
+    const group = this._groups.get(frame.group);
+    switch (type) {
+      case "welcome":
+        return this._welcome(frame);
+      case "goodbye":
+        this._goodbye = frame;
+        return undefined;
+      case "ping":
+        return this._say({ type: "pong" });
+      case "reply":
+      case "error":
+        return this._answered(frame);
+      case "event":
+        return this._event(frame, group);
+      case "joined":
+        return this.group(frame.group)._joined(frame);
+      case "left":
+        return group?._left(frame);
+      case "reset":
+        return group?._reset(frame);
+      case "presence_state":
+        return group?._presenceState(frame);
+      case "presence_diff":
+        return group?._presenceDiff(frame);
+      case "presence_count":
+        return group?._presenceCount(frame);
+      case "whisper":
+        return group?._whisper(frame);
+      default:
+        return undefined; // that is how version 1 grows
+    }
+  }
+
+  _event(frame, group) {
+    if (group) group._event(frame);
+    else if (!frame.skip) this._show(frame, false);
+    if (frame.ref !== undefined && frame.ref !== null) this._call(frame);
+  }
+
+  _show(frame, recovered, group) {
+    const { event, id, offset, data = null } = frame;
+    const meta = { event, group: frame.group, id, offset, recovered };
+    group?._named.call(event, data, meta);
+    this._named.call(event, data, meta);
+  }
+
+  /** The server waits for what our function returns. */
+  async _call({ event, ref, group, id, data = null }) {
+    const turn = this._turn;
+    let part;
+    try {
+      const fn = this._answers.get(event);
+      if (!fn) throw new RealtimeError("unknown_event", `nothing here answers ${event}`);
+      const answer = await fn(data, { event, group, id, recovered: false });
+      part = this._encode({ type: "reply", ref, data: answer ?? null });
+      if (this._bytes(part) > this._maxSize) throw new RealtimeError("too_large", "the answer is too large");
+    } catch (error) {
+      const code = error instanceof RealtimeError ? error.code : "internal";
+      part = this._encode({ type: "error", ref, code, message: String(error?.message ?? error) });
+    }
+    if (turn === this._turn && this._live) this._write([part]);
+  }
+
+  _answered(frame) {
+    const { code, message, temporary, retry_after_ms: retryAfter = null } = frame;
+    const asked = this._unanswered.get(frame.ref);
+    const about = asked?.item;
+    const failed = frame.type === "error";
+    const error = failed
+      ? new RealtimeError(code, message, { temporary: temporary === true, retryAfter, event: about?.event, id: about?.id })
+      : null;
+    if (!asked) {
+      if (!failed || (frame.ref !== undefined && frame.ref !== null)) return undefined;
+      if (temporary || REFUSED.has(code)) this._fault();
+      if (retryAfter !== null) for (const lane of [this._requests, this._events]) lane.wait(retryAfter);
+      return this._errors.call(error);
+    }
+    this._unanswered.delete(frame.ref);
+    const trip = this._clock.now() - asked.at;
+    this.latency = this.latency === null ? trip : this.latency * 0.8 + trip * 0.2;
+    this._latencies.call(this.latency);
+    if (asked.lane) return asked.lane.answered(asked.item, error, frame.data ?? null);
+    if (error) this._fault();
+    asked.settle(error, frame.data ?? null);
+    return this._pump();
+  }
+
+  // The queue, and what of it is kept across a reload
+
+  _enqueue(item, settle) {
+    const { event, id, group, data } = item;
+    const now = this._clock.now;
+    const mark = () => this._storage && this._unsaved.add(item);
+    let timer;
+    Object.assign(item, {
+      uncertain: item.first !== null, // it may have been handled
+      frame: () => ({ type: "event", id, event, ...(group === null ? {} : { group }), data }),
+      held: () => {
+        const joining = this._groups.get(group);
+        return joining?._wanted && !joining.joined;
+      },
+      expired: () => {
+        const other = item.who !== null && item.who !== this.identity;
+        if (item.first !== null && (other || now() - item.first >= this._onceMs)) {
+          return new RealtimeError("outcome_unknown", "sent before, and nobody knows any more what became of it", item);
+        }
+        if (!other || item.who.startsWith("guest:")) return undefined;
+        return new RealtimeError("identity_changed", `said as ${item.who}`, item);
+      },
+      sent: () => {
+        item.first ??= now();
+        item.who = this.identity;
+        mark();
+      },
+      refused: () => {
+        if (!item.uncertain) item.first = null; // it was certainly not handled
+        mark();
+      },
+      lost: () => {
+        item.uncertain = true;
+      },
+      settle: (error, answer) => {
+        this._clock.clearTimeout(timer);
+        this._unsaved.delete(item);
+        if (item.key && !item.keep) this._storage.removeItem(item.key);
+        settle(error, answer);
+        this._groups.get(group)?._departing();
+      },
+    });
+    if (item.until !== null) {
+      timer = this._clock.setTimeout(() => {
+        const error = new RealtimeError("timeout", `no answer to ${event} in time`, item);
+        if (item.ref === null) this._events.settle(item, error);
+        else {
+          item.settled = true; // its answer is still to come, and counts for the window
+          item.settle(error);
+        }
+        this._pump();
+      }, Math.max(0, item.until - now()));
+    }
+    this._events.push(item);
+    mark();
+  }
+
+  get _prefix() {
+    return `starlette-rt|${this._place}|${this.session}|`;
+  }
+
+  _save() {
+    for (const item of this._unsaved) {
+      const { event, id, group, data, until, first, who } = item;
+      const record = { event, id, group, data, until, first, who };
+      this._lastKey = Math.max(this._lastKey + 1, this._clock.now());
+      item.key ??= this._prefix + this._lastKey;
+      try {
+        this._storage.setItem(item.key, this._codec ? base64(this._codec.encode(record)) : this._encode(record));
+      } catch (error) {
+        if (!this._full) report(error); // once: the queue itself goes on
+        this._full = true;
+      }
+    }
+    this._unsaved.clear();
+  }
+
+  _restore() {
+    if (!this._storage) return;
+    const time = (key) => Number(key.slice(key.lastIndexOf("|") + 1));
+    const keys = Array.from({ length: this._storage.length }, (_, at) => this._storage.key(at));
+    const ours = keys.filter((key) => key.startsWith(`starlette-rt|${this._place}|`));
+    for (const key of ours.sort((a, b) => time(a) - time(b))) {
+      if (!key.startsWith(this._prefix)) {
+        if (time(key) < this._clock.now() - ORPHANED) this._storage.removeItem(key);
+        continue;
+      }
+      try {
+        const text = this._storage.getItem(key);
+        const record = this._codec
+          ? this._codec.decode(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)))
+          : JSON.parse(text);
+        this._lastKey = Math.max(this._lastKey, time(key));
+        const item = { group: null, until: null, first: null, who: null, ...record, key };
+        this._enqueue(item, (error) => error && this._errors.call(error));
+      } catch (error) {
+        report(error);
+        this._storage.removeItem(key);
+      }
+    }
+  }
+}
+
+class Group {
+  constructor(client, name) {
+    this.name = name;
+    this.joined = false;
+    this.presence = new Map();
+    this.count = null;
+    this._client = client;
+    this._position = null; // the place after the last event that was shown
+    this._wanted = false; // we ask to join it, also after each reconnect
+    this._leaving = false;
+    this._joining = null; // {asked, held, flying, broken} while a join is not answered
+    this._missed = false; // there was a time without us since we were in it
+    this._last = undefined;
+    this._told = undefined;
+    this._tracked = undefined;
+    this._version = null; // of the presence; null until a state has come
+    this._diffs = [];
+    this._seen = new Set();
+    this._lefts = 0;
+    this._named = new Named();
+    this._whispers = new Named();
+    this._typings = new Map();
+    this._presences = new Callbacks();
+    this._recoveries = new Callbacks();
+    this._ends = new Callbacks();
+    this._renew();
+  }
+
+  // What users call
+
+  get position() {
+    return this._position && { ...this._position };
+  }
+
+  on(event, fn) {
+    return this._named.add(event, fn);
+  }
+
+  onWhisper(event, fn) {
+    return this._whispers.add(event, fn);
+  }
+
+  onPresence(fn) {
+    return this._presences.add(fn);
+  }
+
+  onRecover(fn) {
+    return this._recoveries.add(fn);
+  }
+
+  onLeft(fn) {
+    return this._ends.add(fn);
+  }
+
+  emit(event, data, options) {
+    return this._client.emit(event, data, { ...options, group: this.name });
+  }
+
+  /** Say something that may get lost; false if it certainly did. */
+  whisper(event, data = null) {
+    return this._hush({ type: "whisper", group: this.name, event, data });
+  }
+
+  typing(event = "typing", options = {}) {
+    if (!this._typings.has(event)) this._typings.set(event, new Typing(this, event, options));
+    return this._typings.get(event);
+  }
+
+  track(meta) {
+    this._tracked = this._client._copy(meta);
+    return this._ask_("track", { type: "track", meta: this._tracked });
+  }
+
+  update(meta) {
+    this._tracked = this._client._copy(meta);
+    return this._ask_("track", { type: "update", meta: this._tracked });
+  }
+
+  untrack() {
+    this._tracked = undefined;
+    return this._ask_("untrack", { type: "untrack" });
+  }
+
+  /** Who is there, page by page: each a Map of key to {metas}. */
+  async *members({ limit } = {}) {
+    let after = null;
+    do {
+      const from = after === null ? {} : { after };
+      const page = await this._ask_("presence", { type: "presence", ...from, ...(limit ? { limit } : {}) });
+      yield new Map(Object.entries(page.members));
+      after = page.after ?? null;
+    } while (after !== null);
+  }
+
+  /** Leave, as soon as what was emitted here is answered. */
+  leave() {
+    this._leaving = true;
+    const left = new Promise((resolve) => (this._gone ??= []).push(resolve));
+    this._departing();
+    return left;
+  }

@@ -1,0 +1,1 @@
+"""Programmes that try to break a promise: random, seeded, and judged by a model of a few lines."""
