@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.types import Message as AsgiMessage
 from starlette.types import Receive
@@ -725,7 +726,7 @@ class Connection:
         self._pump()
 
     async def send_raw(self, message: AsgiMessage) -> None:
-        """Send what the host spelled itself, in order.
+        """Send what the host spelled itself, in order; to a client of the protocol v1 as the event ``message``.
 
         Raises `OSError` when the peer has left, `UnicodeEncodeError` for text that is no text.
         """
@@ -733,7 +734,7 @@ class Connection:
             raise OSError("the peer has left")
         text = message.get("text")
         data = message.get("bytes", b"") if text is None else text
-        self.say(Raw(data), size_of(data))
+        self.say(Raw(data) if self.wire.v1 is None else event_frame("message", value_of(data)), size_of(data))
         if self._node.hub.pressed:
             await self._node.breathe()
 
@@ -777,3 +778,11 @@ def _after_start(run: Callable[[], Awaitable[None]]) -> Any:
         await run()
 
     return later
+
+
+def value_of(data: str | bytes) -> Any:
+    """Return what a client reads in a message that the host spelled itself: JSON, or else the text."""
+    try:
+        return msgspec.json.decode(data) if isinstance(data, str) else data
+    except msgspec.DecodeError:
+        return data

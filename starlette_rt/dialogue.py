@@ -348,7 +348,7 @@ class Dialogue:
     def _say(self, ref: int, found: Recovered) -> None:
         """Say the reply with its events in it, or behind them where they are many."""
         client, events = self._client, found.events
-        if self._bytes(events) > REPLY:
+        if found.complete and self._bytes(events) > REPLY:
             for message in events:
                 self._node.hub.say(client, message)
             events = []

@@ -1,8 +1,8 @@
 """Who is still there: pings, and the end of those who answer none or say nothing for too long.
 
 The law of this file: no timer of its own and no look at everybody. Each connection stands on a wheel under the
-second in which something is due for it, and whoever sweeps asks once a turn for what is due by now. Time is
-an argument.
+half second in which something is due for it, and whoever sweeps asks at each turn for what is due by now. Time
+is an argument.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Protocol
 
 from .exceptions import CloseCode, ConfigurationError
 
-LATE = 3  # seconds between two turns, from which on nobody is judged by what was heard
+TICKS = 2  # slots of the wheel in a second
+LATE = 6  # slots between two turns, from which on nobody is judged by what was heard
 
 
 class Patient(Protocol):
@@ -68,11 +69,11 @@ class Heartbeats:
 
     def tick(self, now: float) -> None:
         """See to everybody for whom something is due."""
-        last, self._turned = self._turned, int(now)
+        last, self._turned = self._turned, int(now * TICKS)
         first = self._turned if last is None else last + 1
         late = self._turned - first > LATE
-        for second in range(first, self._turned + 1):
-            for peer in self._wheel.pop(second, ()):
+        for slot in range(first, self._turned + 1):
+            for peer in self._wheel.pop(slot, ()):
                 if late:  # the loop stood still: what they said meanwhile has not been read yet
                     self._put(peer, now, now)
                 else:
@@ -81,7 +82,7 @@ class Heartbeats:
     def _put(self, peer: Patient, when: float, now: float) -> None:
         if self.idle is not None and not peer.pinged:
             when = min(when, peer.active_at + self.idle)
-        peer.due = max(int(when), int(now)) + 1
+        peer.due = int(max(when, now) * TICKS) + 1
         self._wheel.setdefault(peer.due, {})[peer] = None
 
     def _see_to(self, peer: Patient, now: float) -> None:

@@ -89,8 +89,9 @@ class Stream(Generic[M]):
         self._broke_at = self._joined_at = 0
         self._fresh = home.tasks.time()  # when the newest of the ring came
         self._moved: anyio.Event | None = None  # there if somebody waits for the stream to move
-        self._reader: Handle | None = None
         self._suspect: Position | None = None
+
+    _reader: Handle  # the task that reads the log, or did last
 
     # For those who join.
 
@@ -213,6 +214,8 @@ class Stream(Generic[M]):
         while self._held is not None:
             asked, self._held, self._bytes, self._overrun = self._held, [], 0, False
             reading = await self.ask(self._home.broker.read)
+            if self.closed:  # trio lets go on whose answer came first
+                return
             # What came before the question must be in the answer. If it is not, the log was set back, and there may
             # be others who have lost more by that than we have, and do not know it.
             if self._bury(reading, asked):
@@ -247,8 +250,7 @@ class Stream(Generic[M]):
         broke, self.ready = self.ready, True
         if broke:
             self.breaks += 1
-            if not self.closed:
-                self._home.reset(self.group, self.position)
+            self._home.reset(self.group, self.position)
         self._move()
 
     def _bury(self, reading: Reading, publications: list[Publication]) -> bool:
@@ -320,8 +322,7 @@ class Stream(Generic[M]):
     def close(self) -> None:
         """Follow no more; nothing is said from here on."""
         self.closed = True
-        if self._reader is not None:
-            self._reader.cancel()
+        self._reader.cancel()
         self._move()
 
 

@@ -30,6 +30,7 @@ FLOORS: dict[str, int] = {
     "frames": 3,
     "protocols": 4,
     "protocols.plain": 4,
+    "protocols.bounds": 4,
     "protocols.v1": 4,
     "protocols.framing": 4,
     "backends": 4,

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 
-from starlette_rt import ConfigurationError, RateLimit
 from starlette_rt.backends import from_url
-from starlette_rt.backends.base import Backend, Publication, Published
+from starlette_rt.backends.base import Backend, Claim, Published
 from starlette_rt.backends.memory import MemoryBroker, MemoryLedger, MemoryLimits, MemoryPresence, memory
+from starlette_rt.exceptions import ConfigurationError
+from starlette_rt.history import EPOCH_TTL, History, Position, Publication, Reading
+from starlette_rt.limits import RateLimit
 from starlette_rt.presence import Diff
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
+memory_module = importlib.import_module("starlette_rt.backends.memory")  # its name is also that of a function
+
 GRACE = 10.0
+HISTORY = History(3, 60)
 
 
 class Stage:
@@ -47,12 +55,13 @@ class MemoryStage(Stage):
         self.now = 1000.0
         clock: Callable[[], float] = lambda: self.now  # noqa: E731
         self.backend = Backend(
-            MemoryBroker(), MemoryPresence(GRACE, clock), MemoryLimits(clock), MemoryLedger(wall=clock)
+            MemoryBroker(clock), MemoryPresence(GRACE, clock), MemoryLimits(clock), MemoryLedger(wall=clock)
         )
 
     async def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.backend.presence.sweep()
+        self.backend.broker.sweep()
 
 
 @pytest.fixture(params=[MemoryStage], ids=["memory"])
@@ -61,8 +70,8 @@ def stage(request: pytest.FixtureRequest) -> Stage:
     return made
 
 
-def publication(group: str = "a", data: Any = 1) -> Publication:
-    return Publication(group, "message", data, b"1", exclude="x", ephemeral=True, key="k")
+def publication(group: str = "a", data: Any = 1, id: str = "", once: bool = False) -> Publication:
+    return Publication(group, "message", data, b"1", exclude="x", ephemeral=True, key="k", id=id, once=once)
 
 
 # Broker
@@ -70,28 +79,130 @@ def publication(group: str = "a", data: Any = 1) -> Publication:
 
 async def test_a_publication_arrives_whole_and_is_shared(stage: Stage) -> None:
     await stage.start()
-    assert await stage.backend.broker.publish(publication()) == Published(None, "yes")
-    assert stage.delivered == [publication()]
+    assert await stage.backend.broker.publish(publication(id="i"), None) == Published(None, "yes")
+    assert stage.delivered == [publication(id="i")]
     await stage.stop()
 
 
 async def test_publications_arrive_in_the_order_of_the_calls(stage: Stage) -> None:
     await stage.start()
     for number in range(20):
-        await stage.backend.broker.publish(publication("ab"[number % 2], number))
+        history = HISTORY if number % 3 else None
+        await stage.backend.broker.publish(publication("ab"[number % 2], number), history)
     assert [each.data for each in stage.delivered] == list(range(20))
     await stage.stop()
 
 
 async def test_nothing_arrives_before_the_start_or_after_the_stop(stage: Stage) -> None:
-    await stage.backend.broker.publish(publication())
+    await stage.backend.broker.publish(publication(), None)
     await stage.start()
     await stage.stop()
-    await stage.backend.broker.publish(publication())
+    await stage.backend.broker.publish(publication(), None)
     assert stage.delivered == []
     await stage.start()
-    await stage.backend.broker.publish(publication())
+    await stage.backend.broker.publish(publication(), None)
     assert len(stage.delivered) == 1
+    await stage.stop()
+
+
+async def published(stage: Stage, *numbers: int, group: str = "a", id: str = "", once: bool = False) -> list[Position]:
+    places = []
+    for number in numbers:
+        found = await stage.backend.broker.publish(publication(group, number, id, once), HISTORY)
+        assert found.position is not None
+        assert found.shared == "yes"
+        places.append(found.position)
+    return places
+
+
+async def test_with_history_a_publication_arrives_with_its_place_in_the_chain(stage: Stage) -> None:
+    await stage.start()
+    places = await published(stage, 1, 2, 3, 4)
+    assert [place.offset for place in places] == [1, 2, 3, 4]
+    assert len({place.epoch for place in places}) == 1
+    tags = [place.tag for place in places]
+    assert len(set(tags)) == 4
+    assert [(each.offset, each.tag, each.prev) for each in stage.delivered] == list(
+        zip([1, 2, 3, 4], tags, ["", *tags], strict=False)
+    )
+    bare = [msgspec.structs.replace(each, offset=None, tag="", prev="") for each in stage.delivered]
+    assert bare == [publication(data=number) for number in (1, 2, 3, 4)]
+    await stage.stop()
+
+
+async def test_a_read_tells_where_the_log_ends_and_what_it_keeps(stage: Stage) -> None:
+    await stage.start()
+    places = await published(stage, 1, 2, 3, 4)
+    await published(stage, 5, group="b")
+    reading = await stage.backend.broker.read("a", HISTORY)
+    assert reading.position == places[-1] == await stage.backend.broker.position("a", HISTORY)
+    assert list(reading.entries) == stage.delivered[1:4]
+    await stage.stop()
+
+
+async def test_the_epoch_is_made_by_the_first_who_asks(stage: Stage) -> None:
+    await stage.start()
+    broker = stage.backend.broker
+    asked = await broker.position("a", HISTORY)
+    assert asked.epoch
+    assert (asked.offset, asked.tag) == (0, "")
+    read = await broker.read("b", HISTORY)
+    assert read == Reading(read.position, ())
+    assert read.position.epoch not in ("", asked.epoch)
+    (place,) = await published(stage, 1)
+    assert (place.epoch, place.offset) == (asked.epoch, 1)
+    await stage.stop()
+
+
+async def test_what_a_log_keeps_goes_after_its_time_and_its_end_stays(stage: Stage) -> None:
+    await stage.start()
+    await published(stage, 1)
+    await stage.pass_time(HISTORY.ttl - 1)
+    places = await published(stage, 2)
+    await stage.pass_time(HISTORY.ttl - 1)
+    assert len((await stage.backend.broker.read("a", HISTORY)).entries) == 2
+    await stage.pass_time(2)
+    assert await stage.backend.broker.read("a", HISTORY) == Reading(places[0], ())
+    await stage.pass_time(EPOCH_TTL - 1)
+    assert await stage.backend.broker.position("a", HISTORY) == places[0]
+    await stage.pass_time(EPOCH_TTL + 1)
+    assert (await stage.backend.broker.position("a", HISTORY)).epoch != places[0].epoch
+    await stage.stop()
+
+
+async def test_a_new_epoch_is_begun_once_for_all_who_saw_the_same_end(stage: Stage) -> None:
+    await stage.start()
+    broker = stage.backend.broker
+    (place,) = await published(stage, 1)
+    renewed = await broker.renew("a", HISTORY, place)
+    assert renewed.epoch != place.epoch
+    assert (renewed.offset, renewed.tag) == (1, place.tag)
+    assert await broker.renew("a", HISTORY, place) == renewed
+    (later,) = await published(stage, 2)
+    assert later.epoch == renewed.epoch
+    assert await broker.renew("a", HISTORY, renewed) == later
+    assert [each.data for each in (await broker.read("a", HISTORY)).entries] == [1, 2]
+    await stage.stop()
+
+
+async def test_with_history_what_was_published_before_arrives_once_and_gets_the_same_answer(stage: Stage) -> None:
+    await stage.start()
+    (first,) = await published(stage, 1, id="i")
+    await published(stage, 2, id="j")
+    assert await published(stage, 1, id="i") == [first]
+    assert await published(stage, 1, id="i", once=True) == [first]
+    assert await published(stage, 1, id="i", group="b") != [first]
+    assert [each.data for each in stage.delivered] == [1, 2, 1]
+    await stage.stop()
+
+
+async def test_without_history_what_a_client_caused_arrives_once(stage: Stage) -> None:
+    await stage.start()
+    broker = stage.backend.broker
+    for group in "aab":
+        found = await broker.publish(publication(group, id="i", once=True), None)
+        assert found == Published(None, "yes")
+    assert [each.group for each in stage.delivered] == ["a", "b"]
     await stage.stop()
 
 
@@ -248,11 +359,69 @@ async def test_a_budget_is_taken_and_says_when_to_come_again(stage: Stage) -> No
 
 async def test_a_key_is_claimed_once_until_its_time_is_over(stage: Stage) -> None:
     claim = stage.backend.ledger.claim
-    assert await claim("k", 10)
-    assert not await claim("k", 10)
-    assert await claim("other", 10)
+    assert await claim("k", 10, "me") == Claim("first")
+    assert await claim("k", 10, "you") == Claim("running", "me")
+    assert (await claim("other", 10)).state == "first"
     await stage.pass_time(11)
-    assert await claim("k", 10)
+    assert (await claim("k", 10)).state == "first"
+
+
+async def test_what_is_settled_is_answered_until_its_time_is_over_and_the_first_answer_stays(stage: Stage) -> None:
+    ledger = stage.backend.ledger
+    await ledger.claim("k", 10, "me")
+    await ledger.settle("k", b"one", 30)
+    await ledger.settle("k", b"two", 30)
+    await stage.pass_time(20)
+    assert await ledger.claim("k", 10) == Claim("answered", "me", b"one")
+    await ledger.release("k")
+    assert await ledger.outcome("k", 0) == Claim("answered", "me", b"one")
+    await stage.pass_time(11)
+    assert (await ledger.claim("k", 10)).state == "first"
+
+
+async def test_what_was_never_claimed_can_be_settled(stage: Stage) -> None:
+    ledger = stage.backend.ledger
+    await ledger.settle("k", b"late", 30)
+    assert await ledger.claim("k", 10) == Claim("answered", "", b"late")
+
+
+async def test_what_is_released_can_be_claimed_again(stage: Stage) -> None:
+    ledger = stage.backend.ledger
+    await ledger.release("k")
+    await ledger.claim("k", 10)
+    await ledger.release("k")
+    assert await ledger.outcome("k", 0) == Claim("free")
+    assert (await ledger.claim("k", 10)).state == "first"
+
+
+@pytest.mark.parametrize("ends", ["settle", "release", "never"])
+async def test_who_waits_for_an_outcome_gets_it_when_it_is_there(stage: Stage, ends: str) -> None:
+    ledger = stage.backend.ledger
+    await ledger.claim("k", 100, "me")
+    found: list[Claim] = []
+
+    async def wait() -> None:
+        found.append(await ledger.outcome("k", 0.05 if ends == "never" else 10))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            group.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            assert found == []
+            if ends == "settle":
+                await ledger.settle("k", b"done", 10)
+            elif ends == "release":
+                await ledger.release("k")
+    expected = {"settle": Claim("answered", "me", b"done"), "release": Claim("free"), "never": Claim("running", "me")}
+    assert found == [expected[ends]] * 2
+
+
+async def test_an_outcome_is_waited_for_no_longer_than_the_claim_holds(stage: Stage) -> None:
+    ledger = stage.backend.ledger
+    await ledger.claim("k", 10)
+    await stage.pass_time(11)
+    assert await ledger.outcome("k", 10) == Claim("free")
 
 
 async def test_a_revocation_holds_until_its_time_and_is_never_shortened(stage: Stage) -> None:
@@ -299,6 +468,81 @@ async def test_a_roster_that_went_before_its_grace_was_over_is_swept_without_an_
     assert not presence._lingering
 
 
+def kept(broker: MemoryBroker) -> list[str]:
+    return list(broker._logs)
+
+
+async def test_the_log_in_memory_that_was_used_longest_ago_makes_room() -> None:
+    broker = MemoryBroker(lambda: 0.0, logs=3)
+    places = {name: await broker.position(name, HISTORY) for name in "abc"}
+    assert await broker.position("a", HISTORY) == places["a"]
+    await broker.position("d", HISTORY)
+    assert kept(broker) == ["c", "a", "d"]
+    again = await broker.position("b", HISTORY)
+    assert again.epoch != places["b"].epoch  # who comes back to it is told that nothing can be proven
+
+
+async def test_logs_in_memory_that_have_outlived_their_time_are_swept_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_module, "LOOKS", 10)
+    now = [0.0]
+    broker = MemoryBroker(lambda: now[0])
+    for number in range(100):
+        await broker.publish(publication(str(number)), HISTORY)
+    now[0] = HISTORY.ttl
+    for _ in range(10):
+        broker.sweep()
+    assert not any(log._entries for log in broker._logs.values())
+    now[0] = EPOCH_TTL
+    await broker.position("0", HISTORY)
+    now[0] = EPOCH_TTL * 1.5
+    for _ in range(10):
+        broker.sweep()
+    assert kept(broker) == ["0"]
+    now[0] = EPOCH_TTL * 3
+    await broker.position("0", HISTORY)  # it is begun anew
+    broker.sweep()
+    assert kept(broker) == ["0"]
+    assert len(broker._hand) == 1
+
+
+async def test_logs_in_memory_that_make_room_leave_nothing_behind() -> None:
+    broker = MemoryBroker(lambda: 0.0, logs=10)
+    for number in range(1000):
+        await broker.publish(publication(str(number)), HISTORY)
+    assert len(broker._logs) == 10
+    assert len(broker._hand) <= 30
+
+
+async def test_a_stop_forgets_what_was_published_in_memory() -> None:
+    broker = MemoryBroker(lambda: 0.0)
+    delivered: list[Publication] = []
+    for _ in range(2):
+        await broker.start(delivered.append)
+        await broker.publish(publication(id="i", once=True), None)
+        assert (await broker.publish(publication(), HISTORY)).position is not None
+        await broker.stop()
+        assert not broker._logs
+        assert not broker._hand
+    assert len(delivered) == 4
+
+
+async def test_without_history_a_repetition_in_memory_is_recognised_as_long_as_it_is_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_module, "REPEATABLE", 10)
+    broker = MemoryBroker()
+    delivered: list[Publication] = []
+    await broker.start(delivered.append)
+    for number in (0, 0, *range(1, 20), 0):
+        await broker.publish(publication(data=number, id=str(number), once=True), None)
+    assert [each.data for each in delivered] == [*range(20), 0]
+    for _ in range(2):
+        await broker.publish(publication(id="own"), None)  # of the host's own words there is no repetition
+    assert len(delivered) == 23
+
+
 async def test_claims_in_memory_that_have_run_out_are_forgotten_with_the_next_one() -> None:
     now = [0.0]
     ledger = MemoryLedger(wall=lambda: now[0])
@@ -306,13 +550,51 @@ async def test_claims_in_memory_that_have_run_out_are_forgotten_with_the_next_on
         await ledger.claim(str(number), 10)
     await ledger.revoke("user:ada", 5)
     await ledger.revoke("user:ada", 30)
+    await ledger.revoke("user:bob", -5)
     now[0] = 20
     await ledger.claim("new", 10)
-    assert set(ledger._until) == {"user:ada", "new"}
+    assert set(ledger._held) == {"new"}
+    assert set(ledger._rules) == {"user:ada"}
     now[0] = 40
     await ledger.claim("gone at once", 0)
-    assert not ledger._until
-    assert not ledger._order
+    await ledger.claim("and another", 0)
+    assert set(ledger._held) == {"and another"}
+    assert not ledger._rules
+    assert len(ledger._due) == 1
+
+
+async def test_answers_in_memory_are_bounded_in_number_and_the_oldest_goes() -> None:
+    ledger = MemoryLedger(wall=lambda: 0.0, answers=3)
+    for number in range(5):
+        await ledger.claim(str(number), 10)
+        await ledger.settle(str(number), b"x", 10)
+    assert [(await ledger.outcome(str(number), 0)).state for number in range(5)] == ["free"] * 2 + ["answered"] * 3
+
+
+async def test_answers_in_memory_are_bounded_in_bytes_and_what_runs_out_gives_its_room_back() -> None:
+    now = [0.0]
+    ledger = MemoryLedger(wall=lambda: now[0], size=10)
+    await ledger.settle("a", b"1234", 10)
+    await ledger.settle("b", b"1234", 20)
+    await ledger.settle("c", b"123", 20)
+    assert set(ledger._held) == {"b", "c"}
+    await ledger.settle("huge", b"12345678901", 20)
+    assert not ledger._held
+    await ledger.settle("d", b"1234567890", 20)
+    now[0] = 30
+    await ledger.settle("e", b"1234567890", 20)
+    assert set(ledger._held) == {"e"}
+    assert ledger._room == 0
+
+
+async def test_times_in_memory_do_not_pile_up() -> None:
+    ledger = MemoryLedger(wall=lambda: 0.0, answers=5)
+    await ledger.revoke("user:ada", 100)
+    for number in range(2000):
+        await ledger.claim(str(number), 100)
+        await ledger.settle(str(number), b"x", 100)
+    assert len(ledger._held) == 5
+    assert len(ledger._due) <= 120
 
 
 async def test_memory_gives_the_four_roles() -> None:

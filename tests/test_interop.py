@@ -26,7 +26,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module", params=["uvicorn", "uvicorn-rt"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with serve("tests.speaking:app", request.param, env={"PING_INTERVAL": "2", "PING_TIMEOUT": "2"}) as server:
+    with serve("tests.speaking:app", request.param, env={"PING_INTERVAL": "1.5", "PING_TIMEOUT": "1.5"}) as server:
         yield server
         log = server.log()
         assert "Traceback" not in log.replace("a bug in a handler", "") or "a bug in a handler" in log

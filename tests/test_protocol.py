@@ -13,7 +13,7 @@ import pytest
 
 from starlette_rt import frames
 from starlette_rt.exceptions import CloseCode, ProtocolError
-from starlette_rt.protocols import v1
+from starlette_rt.protocols import bounds, plain, v1
 from starlette_rt.protocols.v1 import V1, V1S, Malformed
 
 pytestmark = pytest.mark.unit
@@ -194,9 +194,9 @@ def test_another_close_code_is_found() -> None:
 def test_the_table_of_error_codes_says_what_can_pass_and_has_all_that_a_protocol_error_may_say() -> None:
     codes = error_codes(PAGE)
     assert {code for code, temporary in codes.items() if temporary} == CAN_PASS
-    source = Path(v1.__file__).read_text("utf-8") + Path(frames.__file__).read_text("utf-8")
+    source = "".join(Path(module.__file__).read_text("utf-8") for module in (v1, bounds, frames))
     said = set(re.findall(r"""(?:ProtocolError|EventError)\("(\w+)",""", source))
-    assert said == {"bad_message", "bad_name", "invalid", "too_large"}
+    assert said == {"bad_message", "bad_name", "invalid", "too_large", "unsupported"}
     assert not any(codes[code] for code in said)
 
 
@@ -205,7 +205,7 @@ def test_the_subprotocols_of_the_page_are_ours() -> None:
 
 
 def test_the_bounds_of_the_page_are_ours() -> None:
-    bounds = re.search(r"\*\*Bounds\.\*\*(.*?)\n\n", PAGE, re.DOTALL)
-    assert bounds
-    numbers = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\d|\d", bounds[1])}
-    assert numbers >= {v1.MAX_DEPTH, v1.MAX_ELEMENTS, v1.MAX_FRAMES, v1.MAX_ID, frames.MAX_NAME}
+    said = re.search(r"\*\*Bounds\*\*(.*?)\n\n", PAGE, re.DOTALL)
+    assert said
+    numbers = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\d|\d", said[1])}
+    assert numbers >= {plain.MAX_DEPTH, bounds.MAX_ELEMENTS, bounds.MAX_FRAMES, bounds.MAX_ID, frames.MAX_NAME}

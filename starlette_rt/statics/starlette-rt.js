@@ -194,8 +194,11 @@ class Lane {
       return;
     }
     let room = client._room(now);
+    if (room < 1 && client._faults.length) {
+      client._after(this.name, client._faults[0] + FORGIVEN - now, () => client._pump());
+    }
     if (this.careful) room = Math.min(room, this.size);
-    const batch = { left: 0, accepted: 0, refused: false, told: false };
+    const batch = { left: 0, accepted: 0, refused: false, told: false, careful: this.careful };
     const parts = [];
     let bytes = 2;
     let values = 1;
@@ -257,7 +260,7 @@ class Lane {
         if (!batch.told) this.wait(client._jitter(this.failures));
         this.failures += 1;
       } else {
-        this.size = Math.min(client._window, this.size * 2);
+        if (batch.careful) this.size = Math.min(client._window, this.size * 2);
         this.failures = 0;
       }
     }
@@ -386,7 +389,7 @@ class Realtime {
   join(name, { position, last, presence } = {}) {
     const group = this.group(name);
     const asksMore = presence !== undefined && presence !== group._told;
-    group._leaving = false;
+    group._stay();
     if (position && !group._position) group._position = { ...position };
     if (last !== undefined) group._last = last;
     if (presence !== undefined) group._told = presence;
@@ -408,6 +411,7 @@ class Realtime {
     if (this.state === "closed") {
       this._restore();
       this._listen();
+      for (const group of this._groups.values()) group._renew();
     }
     this._cut();
     this._notBefore = 0;
@@ -431,6 +435,8 @@ class Realtime {
     this._after("handshake", HANDSHAKE, () => this._lost(1006, "no welcome in time"));
     let token;
     try {
+      await null; // whoever has just called `connect` may set callbacks first
+      if (turn !== this._turn) return;
       token = typeof this._token === "function" ? await this._token() : this._token;
     } catch (error) {
       if (turn !== this._turn) return;
@@ -484,7 +490,11 @@ class Realtime {
       const same = open.filter((item) => item.kind === "track" && item.group === group);
       group._assert((error, data) => same.forEach((item) => item.settle(error, data)));
     }
-    this._requests.items.push(...open.filter((item) => item.kind === "presence"));
+    for (const item of open) {
+      if (item.kind === "presence") this._requests.items.push(item);
+      const over = item.kind === "leave" || item.kind === "untrack" || item.group?._tracked === undefined;
+      if (over && item.kind !== "presence" && item.kind !== "join") item.settle(null, null); // losing the line did it
+    }
     this._pump();
     this._become("open");
   }
@@ -542,7 +552,7 @@ class Realtime {
     this._cut(byUs ? code : undefined);
     for (const item of [...this._events.items]) {
       const unknown = item.uncertain && !this._storage;
-      const kept = this._storage ? "closed; it is kept in the storage" : "closed before it was answered";
+      const kept = `${this._storage ? "kept in the storage" : "not answered"}: ${reason || `closed with ${code}`}`;
       if (byUs) item.promise?.catch(nothing); // who closes need not listen
       item.keep = true;
       this._events.settle(item, new RealtimeError(unknown ? "outcome_unknown" : "closed", kept, item));
@@ -553,6 +563,7 @@ class Realtime {
     }
     for (const group of this._groups.values()) group._fail(new RealtimeError("closed", reason));
     this._become("closed", { code, reason });
+    if (code === null) this._errors.call(new RealtimeError("closed", reason));
   }
 
   _become(state, { code = null, reason = "", retryIn = null } = {}) {
@@ -587,6 +598,7 @@ class Realtime {
   }
 
   _listen() {
+    this._deaf?.();
     const offs = [];
     const listen = (target, event, fn) => {
       target?.addEventListener?.(event, fn);
@@ -773,7 +785,8 @@ class Realtime {
   }
 
   _take(frame) {
-    const type = frame?.type;
+    const { type } = Object(frame);
+    if (type === undefined) return undefined;
     if (!this._live && type !== "welcome" && type !== "goodbye" && type !== "error") return undefined;
     const group = this._groups.get(frame.group);
     switch (type) {
@@ -975,7 +988,7 @@ class Group {
     this._position = null; // the place after the last event that was shown
     this._wanted = false; // we ask to join it, also after each reconnect
     this._leaving = false;
-    this._joining = null; // {asked, held, flying, broken} while a join is not answered
+    this._joining = null; // {asked, held, flying, broken, again, fallback} while a join is not answered
     this._missed = false; // there was a time without us since we were in it
     this._last = undefined;
     this._told = undefined;
@@ -1035,17 +1048,17 @@ class Group {
 
   track(meta) {
     this._tracked = this._client._copy(meta);
-    return this._ask_("track", { type: "track", meta: this._tracked });
+    return this._request("track", { type: "track", meta: this._tracked });
   }
 
   update(meta) {
     this._tracked = this._client._copy(meta);
-    return this._ask_("track", { type: "update", meta: this._tracked });
+    return this._request("track", { type: "update", meta: this._tracked });
   }
 
   untrack() {
     this._tracked = undefined;
-    return this._ask_("untrack", { type: "untrack" });
+    return this._request("untrack", { type: "untrack" });
   }
 
   /** Who is there, page by page: each a Map of key to {metas}. */
@@ -1053,7 +1066,7 @@ class Group {
     let after = null;
     do {
       const from = after === null ? {} : { after };
-      const page = await this._ask_("presence", { type: "presence", ...from, ...(limit ? { limit } : {}) });
+      const page = await this._request("presence", { type: "presence", ...from, ...(limit ? { limit } : {}) });
       yield new Map(Object.entries(page.members));
       after = page.after ?? null;
     } while (after !== null);
@@ -1066,3 +1079,404 @@ class Group {
     this._departing();
     return left;
   }
+
+  // Joining and coming back
+
+  _renew() {
+    if (this._pending) return;
+    this.ready = new Promise((resolve, reject) => (this._pending = { resolve, reject }));
+    this.ready.catch(nothing); // onLeft says it too
+  }
+
+  _fail(error) {
+    this._pending?.reject(error);
+    this._pending = null;
+  }
+
+  _tell(reason, recovered, position, snapshot) {
+    const told = { recovered, snapshot, position: position ?? null };
+    this._recoveries.call({ ...told, reason });
+    if (reason !== "join") return;
+    this._pending?.resolve(told);
+    this._pending = null;
+  }
+
+  _ask() {
+    const client = this._client;
+    if (!client._live) return; // each welcome asks
+    if (this._joining) {
+      this._joining.again = this._joining.flying;
+      return;
+    }
+    const join = { asked: null, held: [], flying: false, broken: false, again: false, fallback: null };
+    this._joining = join;
+    join.item = {
+      kind: "join",
+      group: this,
+      frame: () => ({
+        type: "join",
+        group: this.name,
+        ...(this._position ? { position: this._position } : {}),
+        ...(this._last !== undefined && !this._position && !this._missed ? { last: this._last } : {}),
+        ...(this._told === undefined ? {} : { presence: this._told }),
+      }),
+      sent: () => {
+        join.asked = this._position;
+        join.flying = true;
+      },
+      refused: () => {
+        join.flying = false;
+        this._release(join);
+      },
+      settle: (error, data) => (this._joining === join ? this._answered(join, error, data) : undefined),
+    };
+    client._requests.push(join.item);
+  }
+
+  /** Show what was held back and has no offset, for nothing else brings it; what has one comes with the next reply. */
+  _release(join) {
+    const held = join.held.filter((frame) => frame.offset === undefined);
+    join.held = [];
+    for (const frame of held) this._show(frame, false, this._position);
+  }
+
+  _answered(join, error, data) {
+    if (error && this.joined && !this._wanted) {
+      // The server has joined us and will not say what we missed: we go on from where it said we are.
+      data = { position: join.fallback ?? null };
+    } else if (error) {
+      this._joining = null;
+      this._release(join);
+      this._out(error.code, error);
+      return undefined;
+    }
+    const { position = null, events = [], snapshot } = data;
+    const recovered = data.recovered === true && !join.broken && !(this._missed && !join.asked);
+    this.joined = true;
+    this._missed = false;
+    if (!events.length) this._position = position;
+    this._tell("join", recovered, position, snapshot);
+    return () => {
+      if (this._joining !== join) return;
+      this._joining = null;
+      for (const frame of merge(events, join.held, recovered, join.asked, position)) {
+        this._show(frame, frame.offset <= position?.offset, position);
+      }
+      if (!(this._position?.offset > position?.offset)) this._position = position;
+      if (join.again) this._ask();
+      this._client._soon();
+    };
+  }
+
+  /** The server has joined us. */
+  _joined({ position = null }) {
+    const join = this._joining;
+    const old = this._position;
+    this.joined = true;
+    this._client._soon();
+    if (join) {
+      if (!join.flying && !old) this._position = position;
+      return;
+    }
+    if (old && !(position && samePlace(old, position))) {
+      this._ask();
+      if (this._joining) this._joining.fallback = position;
+      return;
+    }
+    const recovered = !this._missed || old !== null;
+    this._missed = false;
+    this._position = position;
+    this._tell("join", recovered, position);
+  }
+
+  _event(frame) {
+    const join = this._joining;
+    const { offset } = frame;
+    if (join?.flying) join.held.push(frame);
+    else if (offset === undefined || !this._position) this._show(frame, false, this._position);
+    else if (join || offset <= this._position.offset) return; // the reply will bring it; it was here
+    else if (offset > this._position.offset + 1) this._ask(); // something is missing: the reply brings this too
+    else this._show(frame, false, this._position);
+  }
+
+  /** Move the position, and show an event that was not seen. */
+  _show(frame, recovered, base) {
+    const { offset, tag, id } = frame;
+    if (offset !== undefined && base) this._position = { ...base, offset, tag };
+    if (frame.skip) return;
+    if (id !== undefined) {
+      if (this._seen.has(id)) return;
+      this._seen.add(id);
+      if (this._seen.size > SEEN) this._seen.delete(this._seen.values().next().value);
+    }
+    this._client._show(frame, recovered, this);
+  }
+
+  _reset({ position = null }) {
+    if (this._joining?.flying) {
+      this._release(this._joining);
+      this._joining.broken = true; // the reply is told as not recovered
+      return;
+    }
+    this._position = position;
+    this._tell("reset", false, position);
+  }
+
+  _left({ code, rejoin }) {
+    const client = this._client;
+    this.joined = false;
+    this._missed = true;
+    this._tell("left", false, this._position);
+    if (this._joining?.flying) return; // its answer decides
+    if (!rejoin || !this._wanted) {
+      this._out(code, new RealtimeError(code ?? "left", `not in ${this.name} any more`));
+      return;
+    }
+    const now = client._clock.now();
+    this._lefts = now - this._leftAt < 60_000 ? this._lefts + 1 : 0;
+    this._leftAt = now;
+    client._after(`rejoin ${this.name}`, client._jitter(this._lefts), () => {
+      if (!this._wanted) return;
+      this._ask();
+      if (this._tracked !== undefined) this._assert();
+    });
+  }
+
+  /** Out of the group, and not to ask again. */
+  _out(code, error) {
+    this._forget();
+    this._fail(error);
+    this._ends.call(code);
+    this._client._soon(); // events that waited for the join get the server's word
+  }
+
+  _forget() {
+    if (this._joining) this._client._requests.remove(this._joining.item);
+    this._joining = null;
+    this._wanted = this.joined = false;
+    this._tracked = undefined;
+    this._version = this.count = null;
+    this._diffs = [];
+    this.presence.clear();
+    for (const typing of this._typings.values()) typing._clear();
+  }
+
+  _departing() {
+    const client = this._client;
+    if (!this._leaving) return;
+    if (client._events.items.some((item) => item.group === this.name && !item.settled)) return;
+    this._leaving = false;
+    this._forget();
+    this._fail(new RealtimeError("left", `left ${this.name}`));
+    if (client._groups.get(this.name) === this) client._groups.delete(this.name);
+    if (!client._live) this._stay();
+    else client._requests.push({ kind: "leave", frame: () => ({ type: "leave", group: this.name }), settle: () => this._stay() });
+  }
+
+  /** Whoever waits for `leave` need not wait any longer. */
+  _stay() {
+    this._leaving = false;
+    for (const resolve of this._gone ?? []) resolve();
+    this._gone = undefined;
+  }
+
+  _lost() {
+    const join = this._joining;
+    this._joining = null;
+    if (this.joined) this._missed = true;
+    this.joined = false;
+    this._version = null;
+    this._diffs = [];
+    if (join) this._release(join);
+  }
+
+  _request(kind, frame) {
+    const client = this._client;
+    const item = { kind, group: this, frame: () => ({ ...frame, group: this.name }) };
+    if (kind === "presence") item.held = () => this._wanted && !this.joined;
+    item.promise = new Promise((resolve, reject) => {
+      if (client.state === "closed") throw new RealtimeError("closed", "the connection is closed");
+      item.settle = (error, data) => {
+        if (error && frame.meta && frame.meta === this._tracked) this._tracked = undefined;
+        if (error) reject(error);
+        else resolve(data);
+      };
+      client._requests.push(item);
+    });
+    return item.promise;
+  }
+
+  /** Say again who we are here, after a reconnect. */
+  _assert(settle = nothing) {
+    const meta = this._tracked;
+    const told = (error, data) => {
+      if (error && meta === this._tracked) this._tracked = undefined;
+      settle(error, data);
+    };
+    this._client._requests.push({
+      kind: "track",
+      group: this,
+      frame: () => ({ type: "track", group: this.name, meta }),
+      settle: told,
+    });
+  }
+
+  // Who is here, and what they whisper
+
+  _presenceState({ version, members, after = null }) {
+    const next = new Map(Object.entries(members));
+    const joins = without(next, this.presence);
+    const leaves = without(this.presence, next);
+    this.presence.clear();
+    for (const [key, who] of next) this.presence.set(key, who);
+    this._version = version;
+    this._partial = after !== null;
+    this._stale = false;
+    const diffs = this._diffs.sort((a, b) => a.version - b.version);
+    this._diffs = [];
+    this._changed(joins, leaves);
+    for (const diff of diffs) this._presenceDiff(diff);
+  }
+
+  _presenceDiff(diff) {
+    if (this._version === null) {
+      this._diffs.push(diff); // its state is still to come
+      if (this._diffs.length > 100) this._diffs.shift();
+      return;
+    }
+    if (diff.version <= this._version) return;
+    if (diff.version > this._version + 1 && !this._stale) {
+      this._stale = true; // one is missing: take this one, and ask for a new state
+      if (this._wanted) this._ask();
+    }
+    this._version = diff.version;
+    const joins = new Map(Object.entries(diff.joins ?? {}));
+    const leaves = new Map(Object.entries(diff.leaves ?? {}));
+    for (const [key, { metas }] of leaves) this._metas(key, (kept) => lacking(kept, metas));
+    for (const [key, { metas }] of joins) this._metas(key, (kept) => [...lacking(kept, metas), ...metas]);
+    this._changed(joins, leaves);
+  }
+
+  _presenceCount({ count }) {
+    if (count > 200 && this._version !== null) {
+      this._version = null; // too many for diffs: what we know of them is not kept up any more
+      if (!this._partial) this.presence.clear();
+    }
+    this.count = count;
+    this._presences.call({ joins: new Map(), leaves: new Map(), count });
+  }
+
+  _metas(key, change) {
+    const metas = change(this.presence.get(key)?.metas ?? []);
+    if (metas.length) this.presence.set(key, { metas });
+    else this.presence.delete(key);
+  }
+
+  _changed(joins, leaves) {
+    if (!this._partial) this.count = this.presence.size;
+    this._presences.call({ joins, leaves, count: this.count });
+  }
+
+  _whisper({ event, data = null, from, stop = false, expires_ms: expires }) {
+    this._typings.get(event)?._heard(from, data, stop, expires);
+    this._whispers.call(event, data, from, stop);
+  }
+
+  _hush(frame) {
+    const client = this._client;
+    if (!client._live || !this.joined || client._socket.bufferedAmount > 65_536) return false;
+    const part = client._encode(frame);
+    if (client._bytes(part) > client._maxSize) throw new RealtimeError("too_large", "a whisper is too large");
+    client._write([part]);
+    return true;
+  }
+}
+
+/** The metas that have none of the refs of others. */
+function lacking(metas, others) {
+  const refs = new Set(others.map((meta) => meta.ref));
+  return metas.filter((meta) => !refs.has(meta.ref));
+}
+
+/** What one presence has and another has not. */
+function without(these, those) {
+  const rest = new Map();
+  for (const [key, who] of these) {
+    const metas = lacking(who.metas, those.get(key)?.metas ?? []);
+    if (metas.length) rest.set(key, { metas });
+  }
+  return rest;
+}
+
+/** Who is typing, and that we are: said on the first key, again before it runs out, and ended when the keys rest. */
+class Typing {
+  constructor(group, event, { data = null, every = 2500, idle = 4000 }) {
+    this.who = new Map();
+    Object.assign(this, { _group: group, _event: event, _data: data, _every: every, _idle: idle });
+    this._clock = group._client._clock;
+    this._on = false;
+    this._expiries = new Map();
+    this._changes = new Callbacks();
+  }
+
+  /** To be called on each key. */
+  start(data) {
+    if (data !== undefined) this._data = data;
+    this._pressed = this._clock.now();
+    if (this._on) return;
+    this._on = true;
+    this._say();
+  }
+
+  stop() {
+    if (!this._on) return;
+    this._on = false;
+    this._clock.clearTimeout(this._timer);
+    this._group._hush({ type: "whisper", group: this._group.name, event: this._event, stop: true });
+  }
+
+  onChange(fn) {
+    return this._changes.add(fn);
+  }
+
+  _say() {
+    this._group.whisper(this._event, this._data);
+    this._said = this._clock.now();
+    this._wait();
+  }
+
+  _wait() {
+    const now = this._clock.now();
+    const rest = this._pressed + this._idle - now;
+    const again = this._said + this._every - now;
+    const next = () => (rest <= again ? this._rested() : this._say());
+    this._timer = this._clock.setTimeout(next, Math.max(0, Math.min(rest, again)));
+  }
+
+  _rested() {
+    if (this._pressed + this._idle <= this._clock.now()) this.stop();
+    else this._wait();
+  }
+
+  _heard(from, data, stop, expires = 5000) {
+    this._every = Math.min(this._every, Math.max(expires / 2, 100)); // also ours runs out as fast
+    this._clock.clearTimeout(this._expiries.get(from));
+    this._expiries.delete(from);
+    if (stop) {
+      if (this.who.delete(from)) this._changes.call(this.who);
+      return;
+    }
+    const known = this.who.has(from) && this.who.get(from) === data;
+    this.who.set(from, data);
+    this._expiries.set(from, this._clock.setTimeout(() => this._heard(from, data, true), expires));
+    if (!known) this._changes.call(this.who);
+  }
+
+  _clear() {
+    for (const timer of this._expiries.values()) this._clock.clearTimeout(timer);
+    this._expiries.clear();
+    if (!this.who.size) return;
+    this.who.clear();
+    this._changes.call(this.who);
+  }
+}

@@ -810,7 +810,7 @@ class World:
         return group if self.network.hostile and self.network.fail_over(group) else "nothing"
 
     def _forget(self) -> str:
-        groups = self.rng.choice((NAMES, NAMES[-1:])) if self.network.hostile else ()
+        groups = self.rng.choice((NAMES, NAMES[-1:], NAMES[-1:])) if self.network.hostile else ()
         self.network.forget(*groups)
         return ", ".join(groups)
 

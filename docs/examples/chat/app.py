@@ -1,9 +1,10 @@
 """A chat with groups, presence and a page: the demonstration of starlette_rt.
 
-What lives here is what a host writes itself: who comes in, what a client may ask, what is said to whom, and the
-last messages of each group so that nobody enters an empty page. The page is in `static/`; nothing is built.
-Start it with `make demo`, or with `uvicorn --app-dir docs/examples/chat app:app`, and open two windows.
-It is a demonstration: a name needs no password here, and the last messages are gone after a restart.
+What lives here is what a host writes itself: who comes in, which groups a client may join and as whom it is seen
+there, and what becomes of a message. The package does the rest: it remembers the last messages of each group, says
+what a client missed, handles a repeated message once, and relays who is typing. The page is in `static/`; nothing is
+built. Start it with `make demo`, or with `uvicorn --app-dir docs/examples/chat app:app`, and open two windows.
+It is a demonstration: a name needs no password here, and the server forgets the messages when it is restarted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,111 +22,74 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.websockets import WebSocket
 
-from starlette_rt import EventError, Identity, RateLimit, Realtime, RealtimeEndpoint, RealtimeMiddleware, TokenSigner
+from starlette_rt import (
+    EventError,
+    History,
+    Identity,
+    RateLimit,
+    Realtime,
+    RealtimeEndpoint,
+    RealtimeMiddleware,
+    TokenSigner,
+    Whisper,
+    event,
+)
 
 STATIC = Path(__file__).parent / "static"
-LOBBY = "lobby"
 GROUPS_AT_ONCE = 12
+KEPT = 50
 
-rt = Realtime()
+rt = Realtime(history={"*": History(size=KEPT, ttl=86_400)})
 tokens = TokenSigner([os.environ.get("CHAT_SECRET", "development-only-change-me-to-32-bytes")])
 
-GroupName = Annotated[str, Meta(pattern=r"^\w[\w-]*\Z", max_length=40)]
-Text = Annotated[str, Meta(pattern=r"\S", max_length=1000)]
 
+class Say(Struct):
+    """A message; `id` is the page's own name for it, by which every page knows it again."""
 
-class Enter(Struct, tag_field="kind", tag="enter"):
-    """A client wants to be in these groups; after a reconnect it names all it was in."""
-
-    groups: Annotated[list[GroupName], Meta(max_length=GROUPS_AT_ONCE)]
-
-
-class Leave(Struct, tag_field="kind", tag="leave"):
-    """A client has had enough of a group."""
-
-    group: GroupName
-
-
-class Say(Struct, tag_field="kind", tag="say"):
-    """A message for a group; `id` is the client's own, by which it knows its message again."""
-
-    group: GroupName
-    text: Text
+    text: Annotated[str, Meta(pattern=r"\S", max_length=1000)]
     id: Annotated[str, Meta(min_length=1, max_length=40)]
-
-
-class Recent:
-    """The last messages of the groups that spoke last, bounded in both directions."""
-
-    def __init__(self, *, groups: int, messages: int) -> None:
-        self.groups, self.messages = groups, messages
-        self.kept: OrderedDict[str, deque[dict[str, Any]]] = OrderedDict()
-
-    def add(self, message: dict[str, Any]) -> None:
-        """Keep one message; the oldest of its group and the quietest group make way."""
-        self.kept.setdefault(message["group"], deque(maxlen=self.messages)).append(message)
-        self.kept.move_to_end(message["group"])
-        if len(self.kept) > self.groups:
-            self.kept.popitem(last=False)
-
-    def of(self, group: str) -> list[dict[str, Any]]:
-        """What was said last in this group, oldest first."""
-        return list(self.kept.get(group, ()))
-
-
-recent = Recent(groups=200, messages=50)
 
 
 class Chat(RealtimeEndpoint):
     """One person's window: what it may ask for, and what the others see of it."""
 
-    limits = (RateLimit("10/5 second"),)
-    max_message_size = 8 * 1024
+    limits = (RateLimit("60/10 second"),)  # of everything that a window asks for
+    max_message_size = 16 * 1024
+    whispers = {"typing": Whisper(None, expires=5)}
 
-    async def on_connect(self, websocket: WebSocket) -> None:
-        """Everybody begins in the lobby."""
-        await websocket.accept()
-        await self.enter(LOBBY)
-
-    async def on_receive(self, websocket: WebSocket, data: Enter | Leave | Say) -> None:
-        """One of three wishes, already decoded and validated by the annotation."""
-        match data:
-            case Enter(groups=groups):
-                for group in groups:
-                    await self.enter(group)
-            case Leave(group=group):
-                await self.leave(group)
-            case Say():
-                await self.say(data)
-
-    async def enter(self, group: str) -> None:
-        """Join a group, be seen in it, and hand this client what was said last."""
-        if group not in self.connection.groups and len(self.connection.groups) >= GROUPS_AT_ONCE:
+    async def authorize(self, group: str) -> bool:
+        """Everybody may join every group with a proper name, a dozen at once."""
+        joined = self.connection.groups
+        if group not in joined and len(joined) >= GROUPS_AT_ONCE:
             raise EventError("too_many_groups", f"{GROUPS_AT_ONCE} groups at once are enough; leave one first")
-        await self.join(group, presence="members")
-        await self.track(group, {"name": self.user.display_name})
-        await self.push({"group": group, "messages": recent.of(group)}, "recent")
+        return re.fullmatch(r"\w[\w-]{0,39}", group) is not None
 
-    async def say(self, said: Say) -> None:
-        """Broadcast a message to a group that the sender is in."""
-        if said.group not in self.connection.groups:
-            raise EventError("not_joined", "enter the group before you speak in it")
+    async def on_track(self, group: str, meta: dict[str, Any]) -> dict[str, Any]:
+        """Who is present is seen under the name that they came in with, whatever their page says."""
+        return {"name": self.user.display_name}
+
+    @event("say", limit=RateLimit("10/5 second"))
+    async def say(self, data: Say, group: str) -> dict[str, Any]:
+        """Broadcast a message to a group that the sender is in; the sender's page hears when it was said."""
         message = {
-            "group": said.group,
-            "id": said.id,
+            "id": data.id,
             "from": self.user.identity,
             "name": self.user.display_name,
-            "text": said.text.strip(),
+            "text": data.text.strip(),
             "at": round(time.time() * 1000),
         }
-        recent.add(message)
-        await self.broadcast(said.group, message)
+        await self.broadcast(group, message, "said")
+        return {"at": message["at"]}
+
+    async def snapshot(self, group: str) -> list[Any]:
+        """Return the last messages, for a page that missed more than can be proven, as after a restart."""
+        messages, _ = await rt.history(group, last=KEPT)
+        return [message.data for message in messages]
 
 
 async def page(request: Request) -> Response:
-    """The page itself; everything else it needs is under /static."""
+    """The page itself; everything else it needs is under /static and /rt."""
     return FileResponse(STATIC / "index.html")
 
 
@@ -143,6 +106,7 @@ app = Starlette(
         Route("/", page),
         Route("/login/{name}", login, methods=["POST"]),
         WebSocketRoute("/ws", Chat),
+        Mount("/rt", rt.static()),
         Mount("/static", StaticFiles(directory=STATIC)),
     ],
     middleware=[Middleware(RealtimeMiddleware, realtime=rt, tokens=tokens)],
