@@ -20,7 +20,7 @@ from .limits import Meter, RateLimit
 
 UNTYPED = (inspect.Parameter.empty, Any, object)
 DECLARED = "__rt_event__"  # the attribute of a function that `event` has marked
-MURMURS = (RateLimit("20/second"),)  # of one connection and one whisper, unless it is declared with a limit
+MURMURS = RateLimit("20/second")  # of one connection and one whisper, unless it is declared with a limit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -216,7 +216,7 @@ def whispers_of(cls: type, declared: Mapping[str, Whisper]) -> dict[str, Declare
         event: DeclaredWhisper(
             event,
             None if each.type in UNTYPED else decoder_for(each.type, f"{name}.whispers[{event!r}]"),
-            Meter(f"{name}:~{event}", (each.limit,) if each.limit is not None else MURMURS),
+            Meter(f"{name}:~{event}", (each.limit or MURMURS,)),
             each.latest,
             None if each.expires is None else round(each.expires * 1000),
         )

@@ -148,7 +148,7 @@ def test_a_block_that_is_said_to_run_runs(block: Block, run: Any) -> None:
     assert vars(run(block.text))
 
 
-@pytest.mark.parametrize("name", ["authentication", "groups", "index", "limits"])
+@pytest.mark.parametrize("name", ["authentication", "client", "events", "groups", "history", "index", "limits"])
 def test_a_page_opens_with_a_program(name: str) -> None:
     assert next(blocks(page(name), "python")).comment == "runs"
 

@@ -10,7 +10,8 @@ import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,124 +63,165 @@ async def until(client: Client, wanted: Callable[[Any], bool]) -> Any:
 # The chat.
 
 
+class Window:
+    """One window of the chat, as its page has it: a client of the protocol v1."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.heard: list[dict[str, Any]] = []  # what has come and was not asked for yet
+        self.ref = 0
+
+    async def frame(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first frame that is wanted; those before it are dropped. Each wait has the client's deadline."""
+        while True:
+            while self.heard:
+                if wanted(frame := self.heard.pop(0)):
+                    return frame
+            said = await self.client.receive_json()
+            self.heard += said if isinstance(said, list) else [said]
+
+    async def tell(self, type: str, **fields: Any) -> int:
+        self.ref += 1
+        await self.client.send_json({"type": type, "ref": self.ref, **fields})
+        return self.ref
+
+    async def ask(self, type: str, **fields: Any) -> dict[str, Any]:
+        """Ask, and return the `reply` or the `error`."""
+        ref = await self.tell(type, **fields)
+        return await self.frame(lambda frame: frame["type"] in ("reply", "error") and frame.get("ref") == ref)
+
+    async def say(self, text: str, group: str = "lobby", id: str = "m1") -> dict[str, Any]:
+        return await self.ask("event", event="say", group=group, id=id, data={"text": text, "id": id})
+
+    async def said(self, group: str = "lobby") -> dict[str, Any]:
+        """The next message of the group."""
+        frame = await self.frame(lambda frame: frame.get("event") == "said" and frame["group"] == group)
+        message: dict[str, Any] = frame["data"]
+        return message
+
+
+@asynccontextmanager
+async def window(chat: ModuleType, name: str, *groups: str) -> AsyncIterator[Window]:
+    """Come in under a name, and join these groups."""
+    token = await chat_token(chat, name)
+    async with connect(chat.app, "/ws", token=token, subprotocols=["rt.v1.json"]) as client:
+        opened = Window(client)
+        await opened.frame(lambda frame: frame["type"] == "welcome")
+        for group in groups:
+            assert (await opened.ask("join", group=group))["type"] == "reply"
+        yield opened
+
+
 async def chat_token(chat: ModuleType, name: str) -> str:
     async with http(chat.app) as client:
         return (await client.post(f"/login/{name}")).text
 
 
-async def entered(client: Client, group: str) -> list[dict[str, Any]]:
-    """Wait until the client is in the group; return what was said there last."""
-    frame = await until(client, lambda frame: frame.get("event") == "recent" and frame["data"]["group"] == group)
-    messages: list[dict[str, Any]] = frame["data"]["messages"]
-    return messages
-
-
-def say(group: str, text: str, id: str = "1") -> dict[str, str]:
-    return {"kind": "say", "group": group, "text": text, "id": id}
-
-
-def is_message(frame: dict[str, Any]) -> bool:
-    return "text" in frame
-
-
-def is_error(frame: dict[str, Any]) -> bool:
-    return frame.get("type") == "error"
-
-
-async def test_a_message_reaches_the_group_with_author_and_time(load: Load) -> None:
+async def test_a_message_reaches_the_group_with_author_and_time_and_is_acknowledged(load: Load) -> None:
     chat = load("chat/app")
-    ada, ben = await chat_token(chat, "Ada Lovelace"), await chat_token(chat, "Ben")
-    async with connect(chat.app, "/ws", token=ada) as one, connect(chat.app, "/ws", token=ben) as other:
-        await entered(one, "lobby")
-        await entered(other, "lobby")
-        await one.send_json(say("lobby", " hello ", "x1"))
-        for client in (one, other):
-            message = await until(client, is_message)
-            assert message.pop("at") > 1_600_000_000_000
-            assert message == {
-                "group": "lobby",
-                "id": "x1",
-                "from": "ada lovelace",
-                "name": "Ada Lovelace",
-                "text": "hello",
-            }
+    async with window(chat, "Ada Lovelace", "lobby") as ada, window(chat, "Ben", "lobby") as ben:
+        ref = await ada.tell("event", event="say", group="lobby", data={"text": " hello ", "id": "x1"})
+        message = await ada.said()
+        assert await ada.frame(lambda frame: frame.get("ref") == ref) == {
+            "type": "reply",
+            "ref": ref,
+            "data": {"at": message["at"]},
+        }
+        assert await ben.said() == message
+        assert message.pop("at") > 1_600_000_000_000
+        assert message == {"id": "x1", "from": "ada lovelace", "name": "Ada Lovelace", "text": "hello"}
 
 
-async def test_who_has_left_a_group_hears_no_more_of_it(load: Load) -> None:
+async def test_a_message_that_is_repeated_is_answered_again_and_said_once(load: Load) -> None:
     chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as client:
-        await entered(client, "lobby")
-        await client.send_json({"kind": "enter", "groups": ["design"]})
-        await entered(client, "design")
-        await client.send_json({"kind": "leave", "group": "design"})
-        await client.send_json(say("design", "is anybody listening?"))
-        assert (await until(client, is_error))["code"] == "not_joined"
+    async with window(chat, "Ada", "lobby") as ada, window(chat, "Ben", "lobby") as ben:
+        first = await ada.say("once")
+        again = await ada.say("once")
+        assert first["data"] == again["data"]
+        assert (await ben.said())["text"] == "once"
+        await ben.client.silent()
+
+
+async def test_who_has_left_a_group_hears_and_says_no_more_of_it(load: Load) -> None:
+    chat = load("chat/app")
+    async with window(chat, "Ada", "design") as ada, window(chat, "Ben", "design") as ben:
+        await ada.ask("leave", group="design")
+        assert (await ada.say("is anybody listening?", "design"))["code"] == "not_joined"
+        await ben.say("nobody is", "design")
+        await ada.client.silent()
 
 
 async def test_who_enters_is_handed_the_last_messages(load: Load) -> None:
     chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as client:
-        assert await entered(client, "lobby") == []
-        await client.send_json(say("lobby", "for later"))
-        await until(client, is_message)
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ben")) as client:
-        assert [message["text"] for message in await entered(client, "lobby")] == ["for later"]
+    async with window(chat, "Ada", "lobby") as ada, window(chat, "Ben") as ben:
+        for number in range(3):
+            await ada.say(f"for later {number}", id=str(number))
+        events = (await ben.ask("join", group="lobby", last=2))["data"]["events"]
+        assert [event["data"]["text"] for event in events] == ["for later 1", "for later 2"]
+
+
+async def test_who_missed_more_than_can_be_proven_gets_the_last_messages_as_they_are(load: Load) -> None:
+    chat = load("chat/app")
+    async with window(chat, "Ada", "lobby") as ada, window(chat, "Ben") as ben:
+        await ada.say("after the restart")
+        before = {"epoch": "of another process", "offset": 7, "tag": "12345678"}
+        answer = (await ben.ask("join", group="lobby", position=before))["data"]
+        assert (answer["recovered"], answer["events"]) == (False, [])
+        assert [message["text"] for message in answer["snapshot"]] == ["after the restart"]
 
 
 async def test_the_others_see_who_comes_and_who_leaves(load: Load) -> None:
     chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as ada:
-        await entered(ada, "lobby")
-        async with connect(chat.app, "/ws", token=await chat_token(chat, "Ben")) as ben:
-            diff = await until(ada, lambda frame: "ben" in frame.get("joins", ()))
-            assert diff["joins"]["ben"]["metas"][0]["name"] == "Ben"
-            await ben.send_json({"kind": "leave", "group": "lobby"})
-            diff = await until(ada, lambda frame: "ben" in frame.get("leaves", ()))
-            assert diff["leaves"]["ben"]["reason"] == "left"
+    async with window(chat, "Ada") as ada, window(chat, "Ben", "lobby") as ben:
+        await ada.ask("join", group="lobby", presence="members")
+        assert (await ben.ask("track", group="lobby", meta={"name": "Somebody else"}))["type"] == "reply"
+        diff = await ada.frame(lambda frame: "ben" in frame.get("joins", ()))
+        assert diff["joins"]["ben"]["metas"][0]["name"] == "Ben"  # whatever the page says
+        await ben.ask("leave", group="lobby")
+        diff = await ada.frame(lambda frame: "ben" in frame.get("leaves", ()))
+        assert diff["leaves"]["ben"]["reason"] == "left"
+
+
+async def test_the_others_hear_that_somebody_is_typing(load: Load) -> None:
+    chat = load("chat/app")
+    async with window(chat, "Ada", "lobby") as ada, window(chat, "Ben", "lobby") as ben:
+        await ben.ask("whisper", group="lobby", event="typing", data=None)
+        whisper = await ada.frame(lambda frame: frame["type"] == "whisper")
+        assert (whisper["event"], whisper["from"], whisper["expires_ms"]) == ("typing", "ben", 5000)
 
 
 async def test_a_client_that_speaks_too_fast_is_told_when_to_try_again(load: Load) -> None:
     chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as client:
-        await entered(client, "lobby")
-        for number in range(15):
-            await client.send_json(say("lobby", "quick", str(number)))
-        error = await until(client, is_error)
+    async with window(chat, "Ada", "lobby") as ada:
+        answers = [await ada.say("quick", id=str(number)) for number in range(15)]
+        error = next(answer for answer in answers if answer["type"] == "error")
         assert (error["code"], error["temporary"]) == ("rate_limited", True)
         assert 0 < error["retry_after_ms"] <= 1000
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        {"kind": "enter", "groups": ["no spaces"]},
-        {"kind": "enter", "groups": ["~ada"]},
-        {"kind": "enter", "groups": ["line\n"]},
-        {"kind": "enter", "groups": ["g"] * 13},
-        {"kind": "say", "group": "lobby", "text": " ", "id": "1"},
-        {"kind": "say", "group": "lobby", "text": "x" * 1001, "id": "1"},
-        {"kind": "say", "group": "lobby", "text": "no id"},
-        {"kind": "shout"},
-        ["say"],
-    ],
+    "data", [{"text": " ", "id": "1"}, {"text": "x" * 1001, "id": "1"}, {"text": "no id"}, ["say"]]
 )
-async def test_what_the_types_forbid_is_refused_and_the_connection_stays(load: Load, bad: Any) -> None:
-    chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as client:
-        await entered(client, "lobby")
-        await client.send_json(bad)
-        assert (await until(client, is_error))["code"] == "invalid"
-        await client.send_json(say("lobby", "still here"))
-        await until(client, is_message)
+async def test_what_the_types_forbid_is_refused_and_the_connection_stays(load: Load, data: Any) -> None:
+    async with window(load("chat/app"), "Ada", "lobby") as ada:
+        answer = await ada.ask("event", event="say", group="lobby", data=data)
+        assert answer["code"] == "invalid"
+        assert (await ada.say("still here"))["type"] == "reply"
+
+
+@pytest.mark.parametrize("group", ["no spaces", "-dash", "line\n", "x" * 41, "~ben", "a/b"])
+async def test_a_group_needs_a_proper_name(load: Load, group: str) -> None:
+    async with window(load("chat/app"), "Ada") as ada:
+        assert (await ada.ask("join", group=group))["code"] in ("forbidden", "bad_name")
 
 
 async def test_a_connection_is_in_twelve_groups_at_most(load: Load) -> None:
     chat = load("chat/app")
-    async with connect(chat.app, "/ws", token=await chat_token(chat, "Ada")) as client:
-        await client.send_json({"kind": "enter", "groups": [f"g{number}" for number in range(12)]})
-        assert (await until(client, is_error))["code"] == "too_many_groups"
-        await client.send_json({"kind": "enter", "groups": ["lobby"]})  # being in it already is no new group
-        await entered(client, "lobby")
+    async with window(chat, "Ada", *(f"g{number}" for number in range(12))) as ada:
+        assert (await ada.ask("join", group="one-more"))["code"] == "too_many_groups"
+        assert (await ada.ask("join", group="g0"))["type"] == "reply"  # being in it already is no new group
+        assert (await ada.ask("refresh", token=await chat_token(chat, "Ada")))["type"] == "reply"
+        assert (await ada.say("still in it", "g11"))["type"] == "reply"
 
 
 async def test_without_a_token_nobody_comes_in(load: Load) -> None:
@@ -201,18 +243,15 @@ async def test_spaces_around_a_name_do_not_matter(load: Load) -> None:
     assert (identity.identity, identity.display_name) == ("ada lovelace", "Ada Lovelace")
 
 
-def test_the_last_messages_are_bounded_in_both_directions(load: Load) -> None:
-    recent = load("chat/app").Recent(groups=2, messages=2)
-    for group, text in [("a", "1"), ("a", "2"), ("a", "3"), ("b", "4"), ("c", "5"), ("b", "6")]:
-        recent.add({"group": group, "text": text})
-    assert [[message["text"] for message in recent.of(group)] for group in "abc"] == [[], ["4", "6"], ["5"]]
-
-
 async def test_the_page_and_all_it_needs_comes_from_the_app_itself(load: Load) -> None:
     async with http(load("chat/app").app) as client:
         page = await client.get("/")
         assert page.status_code == 200
-        for path in re.findall(r'(?:href|src)="(/[^"]+)"', page.text):
+        paths = re.findall(r'(?:href|src)="(/[^"]+)"', page.text)
+        paths += re.findall(r'from "\.?(/[^"]+)"', (STATIC / "chat.js").read_text("utf-8"))
+        assert "/rt/starlette-rt.js" in paths
+        for path in paths:
+            path = path if path.startswith(("/static", "/rt")) else f"/static{path}"
             assert (await client.get(path)).status_code == 200
     for file in STATIC.iterdir():
         foreign = re.findall(r"https?://[^\s\"')]+", file.read_text("utf-8"))
@@ -220,8 +259,9 @@ async def test_the_page_and_all_it_needs_comes_from_the_app_itself(load: Load) -
 
 
 def test_the_page_never_makes_markup_of_what_people_write() -> None:
-    script = (STATIC / "chat.js").read_text("utf-8")
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\b", script)
+    for script in STATIC.glob("*.js"):
+        markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\b"
+        assert not re.search(markup, script.read_text("utf-8"))
 
 
 # The notifications.

@@ -19,11 +19,10 @@ from starlette_rt import connection as connections
 from starlette_rt import once as module
 from starlette_rt.backends.memory import MemoryLedger
 from starlette_rt.once import ONCE, ORIGIN, Origin, once
-from tests.test_dialogue import JSON, OTHER, PACK, SESSION, Frame, Stage, Talk, board, both, emit, frames_of, turns, until
+from tests.test_dialogue import JSON, OTHER, PACK, SESSION, Frame, Stage, board, both, emit, turns, until
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
-DEADLINE = 5.0
 Run = Callable[[], Awaitable[Any]]
 
 
@@ -420,8 +419,3 @@ async def test_a_handler_that_wrote_to_a_client_that_left_is_no_failure(monkeypa
             await turns()
         await until(lambda: not stage.rt.connections)
         assert "failed" not in stage.rt.stats()
-
-
-def test_what_is_used_here_is_what_is_used_there() -> None:
-    assert Talk is not None
-    assert frames_of("[]") == []

@@ -31,6 +31,8 @@ for (const [name, limit] of [
   ["five at once and ten a second", { burst: 5, per: 100 }],
   ["one at once and two a second", { burst: 1, per: 500 }],
   ["ten at once and one in two seconds", { burst: 10, per: 2000 }],
+  ["ten in each second", { burst: 10, every: 1000, per: 100 }],
+  ["forty in each ten seconds", { burst: 40, every: 10_000, per: 250 }],
   ["a hundred at once and fifty a second", { burst: 100, per: 20 }],
 ]) {
   test(`500 events from offline reach a server that takes ${name}: all, once, in order, and it never closes`, async () => {

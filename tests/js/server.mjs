@@ -6,7 +6,7 @@ const TEMPORARY = new Set(["rate_limited", "busy", "skipped", "unavailable"]);
 
 export class Server {
   /**
-   * `limit` {burst, per}: events that may come at once, and ms until the next may; `fate(moment)` is asked at each
+   * `limit` {burst, per}: events that may come at once, and ms until the next may (or `every`: ms after which all may again); `fate(moment)` is asked at each
    * moment whether the server dies now; `delay()` is the way of a message in ms.
    */
   constructor(clock, { limit = null, window = 32, fate = () => false, delay = () => 5 } = {}) {
@@ -108,7 +108,11 @@ export class Server {
     if (frame.type === "join") return this.join(connection, frame);
     if (frame.type !== "event") return undefined;
     const now = this.clock.now();
-    if (this.limit) {
+    if (this.limit?.every) {
+      const slot = Math.floor(now / this.limit.every);
+      if (slot !== this.slot) [this.slot, this.tokens] = [slot, this.limit.burst];
+      if (this.tokens < 1) return { code: "rate_limited", retry: (slot + 1) * this.limit.every - now };
+    } else if (this.limit) {
       this.tokens = Math.min(this.limit.burst, this.tokens + (now - this.filled) / this.limit.per);
       this.filled = now;
       if (this.tokens < 1) return { code: "rate_limited", retry: Math.ceil((1 - this.tokens) * this.limit.per) };
