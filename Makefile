@@ -8,12 +8,13 @@ PORT ?= 8000
 ARGS ?=
 BENCH ?= limits http idle fanout
 
-.PHONY: help demo test lint docs bench
+.PHONY: help demo test soak lint docs bench
 .PRECIOUS: $(VENV)/.python $(VENV)/.ready-%
 
 help:
 	@echo "make demo    run the chat on http://$(HOST):$(PORT)/ (HOST=, PORT= change the address)"
 	@echo "make test    run the unit and system tests and say what was skipped and why (ARGS=\"-k presence\")"
+	@echo "make soak    run the tests that take minutes: recovery under a hostile broker, a million mutated frames"
 	@echo "make lint    check style and types: ruff, mypy, pyright"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   run the benchmarks ($(BENCH); BENCH=limits for one of them)"
@@ -26,6 +27,9 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest -m "unit or system" -rs $(ARGS)
+
+soak: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest -m soak -rs -s $(ARGS)
 
 # --verifytypes does not follow an editable install, hence the path.
 lint: $(VENV)/.ready-lint

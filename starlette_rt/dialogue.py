@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .presence import Member
 
 WINDOW = 32  # requests that a client may have unanswered
+GROUPS = 256  # groups that a client may have joined itself
 REPLY = 256 * 1024  # bytes of recovered events in one reply; more are sent ahead of it
 BUSY = 0.1  # seconds after which a client that went beyond its window may try again
 ABREAST = 1.0  # seconds that a client's position may be ahead of this node
@@ -294,10 +295,7 @@ class Dialogue:
     async def _join(self, frame: Join, batch: Volley | None) -> None:
         client, group = self._client, frame.group
         if not self._node.hub.has(client, group):
-            if not await self._script.authorize(check_group(group)):
-                raise EventError("forbidden", f"you may not join {group}")
-            if group not in self.asked:
-                self.asked = (*self.asked, group)
+            await self._admit(check_group(group))
         try:
             found = await self._recover(frame)
         except BaseException:
@@ -308,6 +306,15 @@ class Dialogue:
             self._say(frame.ref, found)
         if frame.presence is not None:
             await self._node.watch(client, group, frame.presence)
+
+    async def _admit(self, group: str) -> None:
+        """Let the client in if the host does, and if it is not in too many groups already."""
+        if len(self.asked) >= GROUPS:
+            raise EventError("too_many_groups", f"at most {GROUPS} groups at a time; leave one first")
+        if not await self._script.authorize(group):
+            raise EventError("forbidden", f"you may not join {group}")
+        if group not in self.asked:
+            self.asked = (*self.asked, group)
 
     async def _recover(self, frame: Join) -> Recovered:
         """Return what the client missed. Nothing is awaited between the look into the history and the return."""

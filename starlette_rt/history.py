@@ -26,7 +26,7 @@ V = TypeVar("V")
 Random = Callable[[], str]
 Link = Literal["next", "seen", "break"]
 
-SEEN = 1000  # ids that a log, and each node that follows it, remembers of what was published last
+SEEN = 256  # ids that a log, and each node that follows it, remembers of what was published last
 IDS_TTL = 3600.0  # seconds after the last publication during which a log remembers them
 EPOCH_TTL = 86400.0  # seconds after its last use during which a log keeps at least its epoch and its top
 GROUPS = 10_000  # names of groups whose policy is remembered

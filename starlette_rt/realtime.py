@@ -286,7 +286,7 @@ class Realtime:
         once = origin is not None
         publication = Publication(group, check_name(event, "event"), plain, json, session, ephemeral, key, id, once)
         self.metrics.published()
-        policy = None if ephemeral else self._policies.of(group)
+        policy = None if ephemeral else self._remembers(group)
         published = await self._backend.broker.publish(publication, policy)
         if published.position is not None and (stream := self._streams.get(group)) is not None:
             await stream.passed(published.position.offset, ABREAST)
@@ -407,7 +407,7 @@ class Realtime:
 
     def _policy(self, group: str) -> History:
         self._check_running()
-        policy = self._policies.of(group)
+        policy = self._remembers(group)
         if policy is None:
             raise ConfigurationError(
                 f"{group!r} has no history; write Realtime(history={{{group!r}: History(100, 300)}})"
@@ -561,8 +561,12 @@ class Realtime:
 
     async def follow(self, group: str) -> Stream[Message] | None:
         """Return the history of ``group`` on this node, up to date; ``None`` if it has none."""
-        policy = self._policies.of(group)
+        policy = self._remembers(group)
         return None if policy is None else await self._streams.follow(group, policy)
+
+    def _remembers(self, group: str) -> History | None:
+        """Return what is kept of ``group``; of what is said to a person nothing is, whatever the pattern."""
+        return None if group[0] == "~" else self._policies.of(group)
 
     def enter(self, connection: Connection, group: str) -> bool:
         """Make ``connection`` a member of ``group``; false if it is one, or has ended."""

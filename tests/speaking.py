@@ -1,6 +1,7 @@
 """The app that the scenarios of the second client talk to: typed handlers, whispers and a history.
 
-The law of this file: it offers what ``tests.test_second_client.Make`` says, with the public names only.
+The law of this file: it offers what ``tests.test_second_client.Make`` says, and what a test needs to see every frame
+there is, with the public names only but for one look inside.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import anyio
 from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.routing import Mount, WebSocketRoute
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from starlette_rt import (
     EventError,
     History,
+    Identity,
+    RateLimit,
     Realtime,
     RealtimeEndpoint,
     RealtimeMiddleware,
@@ -71,6 +76,14 @@ class Speaking(RealtimeEndpoint):
         await self.broadcast(group, {"text": data.text, "by": self.user.identity}, "said")
         return {"n": number}
 
+    @event("say_others")
+    async def say_others(self, data: Text, group: str) -> None:
+        await self.broadcast(group, {"text": data.text, "by": self.user.identity}, "said", exclude=self.connection)
+
+    @event("kick_me")
+    async def kick_me(self, group: str) -> None:
+        await self.leave(group)
+
     @event("add")
     async def add(self, data: Sum) -> int:
         return data.a + data.b
@@ -99,7 +112,41 @@ class Speaking(RealtimeEndpoint):
         return await self.call("confirm", data)
 
 
+class Tight(Speaking):
+    """The same with a limit that a queue of five hundred events meets many times."""
+
+    limits = (RateLimit("100/second"),)
+
+
+async def token(request: Request) -> Response:
+    """A token that runs out soon, so that it is refreshed."""
+    return PlainTextResponse(tokens.sign(Identity(request.path_params["name"]), ttl=8))
+
+
+async def drain(request: Request) -> Response:
+    """Say goodbye to everybody."""
+    await rt.drain(5)
+    return PlainTextResponse("")
+
+
+async def lose(request: Request) -> Response:
+    """Forget what a group remembers, as a failover would, and look: its members hear of it. The one look inside."""
+    group = request.path_params["group"]
+    rt._backend.broker._logs.pop(group)  # type: ignore[attr-defined]
+    stream = rt._streams.get(group)
+    assert stream is not None
+    await stream.check()
+    return PlainTextResponse("")
+
+
 app = Starlette(
-    routes=[WebSocketRoute("/ws", Speaking), Mount("/rt", rt.static())],
+    routes=[
+        WebSocketRoute("/ws", Speaking),
+        WebSocketRoute("/tight", Tight),
+        Mount("/rt", rt.static()),
+        Route("/token/{name}", token),
+        Route("/drain", drain, methods=["POST"]),
+        Route("/lose/{group}", lose, methods=["POST"]),
+    ],
     middleware=[Middleware(RealtimeMiddleware, realtime=rt, tokens=tokens)],
 )

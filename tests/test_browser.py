@@ -1,30 +1,41 @@
 """The pages of the examples and the console lines of the README, in Chromium against a real server.
 
 The law of this file: what a person would do and see, and nothing else; no function of a page is called from here.
-Every wait is Playwright's and has its deadline. The pictures of the chat are written to pytest's temporary folder
-for whoever wants to look at them.
+Every wait is Playwright's and has its deadline. A server that must die is killed, a line that must break is cut. The
+pictures of the chat are written to pytest's temporary folder for whoever wants to look at them.
 """
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shutil
+import signal
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from starlette_rt.realtime import STATICS
+from tests.line import Line
 from tests.readme import first_block, write_app
 from tests.servers import Server, serve
 
 pytest.importorskip("playwright")
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Route, expect, sync_playwright
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 GRACE = 20_000  # milliseconds: a presence grace of 10 s and some patience
+# A page that a test answers itself comes from nowhere, and from there Chromium lets nobody speak to this machine.
+FLAGS = ["--no-sandbox", "--disable-features=LocalNetworkAccessChecks"]
 Visit = Callable[..., Page]
 expect.set_options(timeout=10_000)  # a busy machine is slow, not wrong
 
@@ -35,20 +46,22 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         pytest.skip("no chromium on the PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
 
 
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visit]:
-    """Open a page in a profile of its own; at the end no page may have had an uncaught error."""
+@contextmanager
+def visiting(browser: Browser) -> Iterator[Visit]:
+    """Open pages, each in a profile of its own; at the end none may have had an uncaught error."""
     contexts = []
     errors: list[str] = []
 
-    def visit(url: str, **options: Any) -> Page:
+    def visit(url: str, prepare: Callable[[BrowserContext], None] | None = None, **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
+        if prepare is not None:
+            prepare(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -61,8 +74,46 @@ def visit(browser: Browser) -> Iterator[Visit]:
     assert errors == []
 
 
-def serving(folder: Path) -> Any:
-    return serve("app:app", args=["--app-dir", str(folder)])
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    with visiting(browser) as visit:
+        yield visit
+
+
+def serving(folder: Path, app: str = "app:app") -> Any:
+    return serve(app, args=["--app-dir", str(folder)])
+
+
+class Mortal:
+    """The chat on one port, killed without a word and started again."""
+
+    def __init__(self) -> None:
+        self._running = ExitStack()
+        self.server = self._running.enter_context(serving(EXAMPLES / "chat", "tests.mortal:app"))
+        self.http = self.server.http
+
+    def kill(self) -> None:
+        self.server.stop(signal.SIGKILL)
+
+    def start(self) -> None:
+        self._running.close()
+        with patch("tests.servers._free_port", lambda: self.server.port):
+            self.server = self._running.enter_context(serving(EXAMPLES / "chat", "tests.mortal:app"))
+
+    def stick(self, number: int) -> None:
+        """Let the handler of the n-th message from now never end, once it has been broadcast."""
+        request = urllib.request.Request(f"{self.http}/stick/{number}", method="POST")
+        urllib.request.urlopen(request, timeout=5).close()
+
+    def end(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Mortal]:
+    mortal = Mortal()
+    yield mortal
+    mortal.end()
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +134,16 @@ def say(page: Page, text: str) -> None:
     page.locator("#text").press("Enter")
 
 
-def heard(page: Page, text: str) -> Any:
+def heard(page: Page, text: str | re.Pattern[str]) -> Any:
     return page.locator("#log .said", has_text=text)
+
+
+def back(*pages: Page) -> None:
+    """Let pages come back at once, by what a browser says when it has a network again."""
+    for page in pages:
+        online = "() => { dispatchEvent(new Event('online')); return document.querySelector('#lost').hidden; }"
+        page.wait_for_function(online, polling=50, timeout=GRACE)
+        expect(page.locator("#state")).to_have_text("Connected")
 
 
 def enter(page: Page, group: str) -> None:
@@ -100,6 +159,54 @@ def test_two_pages_chat_with_each_other(visit: Visit, chat: Server) -> None:
     say(ben, "Good morning!")
     expect(heard(ada, "Good morning!")).to_have_count(1)
     expect(ada.locator("#log .own .said")).to_have_text(["Good morning, Ben."])
+    expect(ada.locator("#log .pending, #log .failed")).to_have_count(0)
+    expect(ada.locator("#latency")).to_have_text(re.compile(r"^\d+ ms$"))
+
+
+def test_all_see_the_messages_of_two_writers_in_one_order(visit: Visit, chat: Server) -> None:
+    ada, ben = come_in(visit(chat.http), "Ada"), come_in(visit(chat.http), "Ben")
+    for page in (ada, ben):
+        enter(page, "Debate")
+    for number in range(4):
+        say(ada, f"for {number}")
+        say(ben, f"against {number}")
+    for page in (ada, ben):
+        expect(heard(page, re.compile("^(for|against)"))).to_have_count(8)
+        expect(page.locator("#log .pending")).to_have_count(0)
+    assert ada.locator("#log .said").all_inner_texts() == ben.locator("#log .said").all_inner_texts()
+
+
+def test_who_enters_sees_what_was_said_before(visit: Visit, chat: Server) -> None:
+    ada = come_in(visit(chat.http), "Ada")
+    enter(ada, "Library")
+    for number in range(3):
+        say(ada, f"chapter {number}")
+    expect(ada.locator("#log .pending")).to_have_count(0)
+    ben = come_in(visit(chat.http), "Ben")
+    enter(ben, "Library")
+    expect(ben.locator("#log .said")).to_have_text([f"chapter {number}" for number in range(3)])
+    expect(ben).to_have_title("Library · Parlour")  # nothing of it counts as unread
+
+
+def test_typing_is_seen_until_it_is_over(visit: Visit, chat: Server) -> None:
+    ada, ben = come_in(visit(chat.http), "Ada"), come_in(visit(chat.http), "Ben")
+    for page in (ada, ben):
+        enter(page, "Desk")
+    typing = ada.locator("#typing")
+    expect(typing).to_be_hidden()
+    ben.locator("#text").press_sequentially("Let me th")
+    expect(typing).to_have_text("Ben is typing")
+    expect(ben.locator("#typing")).to_be_hidden()  # who types need not be told
+    expect(typing).to_be_hidden()  # the keys rest
+    ben.locator("#text").press_sequentially("ink")
+    expect(typing).to_have_text("Ben is typing")
+    ben.locator("#text").press("Enter")
+    expect(typing).to_be_hidden(timeout=2_000)  # it is said, long before the time is over
+    expect(heard(ada, "Let me think")).to_be_visible()
+    ben.locator("#text").press_sequentially("And")
+    expect(typing).to_be_visible()
+    ben.context.close()
+    expect(typing).to_be_hidden(timeout=2_000)
 
 
 def test_what_is_said_elsewhere_is_counted_until_one_looks(visit: Visit, chat: Server) -> None:
@@ -138,41 +245,210 @@ def test_a_closed_window_leaves_after_the_grace_and_a_reload_does_not(visit: Vis
     expect(ben.locator("#state")).to_have_text("Connected")
     eve.context.close()
     expect(ada.locator("#persons .name")).to_have_text(["Ada", "Ben"], timeout=GRACE)
-    expect(ada.locator("#log .note", has_text="left")).to_have_text(["Eve left"])
+    expect(ada.locator("#log .note")).to_have_text(["Ben joined", "Eve joined", "Eve left"])  # Ben's once
+    expect(ben.locator("#log .note")).to_have_text(["Eve left"])
 
 
-def test_the_page_comes_back_after_the_server_restarts(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(EXAMPLES / "chat") as server:
-        ada, ben = come_in(visit(server.http), "Ada"), come_in(visit(server.http), "Ben")
-        enter(ada, "Harbour")
-        enter(ben, "Harbour")
-        server.stop()
-        expect(ada.locator("#lost")).to_be_visible()
-        say(ada, "Can you hear me?")
-        expect(ada.locator("#text")).to_have_value("Can you hear me?")  # nothing is lost that was typed
-    monkeypatch.setattr("tests.servers._free_port", lambda: server.port)
-    with serving(EXAMPLES / "chat"):
+def test_what_is_written_while_the_server_is_down_waits_and_arrives_once(visit: Visit, mortal: Mortal) -> None:
+    ada, ben = come_in(visit(mortal.http), "Ada"), come_in(visit(mortal.http), "Ben")
+    for page in (ada, ben):
+        enter(page, "Harbour")
+    say(ada, "Before the storm.")
+    expect(heard(ben, "Before the storm.")).to_be_visible()
+    mortal.kill()
+    expect(ada.locator("#lost")).to_be_visible()
+    expect(ada.locator("#state")).to_have_text("Reconnecting …")
+    say(ada, "Can you hear me?")
+    say(ada, "Hello?")
+    expect(ada.locator("#log .pending .said")).to_have_text(["Can you hear me?", "Hello?"])
+    expect(ada.locator("#log .pending .waits").last).to_have_text("Waits for the connection")
+    mortal.start()
+    for page in (ada, ben):
+        expect(page.locator("#state")).to_have_text("Connected", timeout=30_000)
+        expect(page.locator("#lost")).to_be_hidden()
+        expect(page.locator("#persons .name")).to_have_text(["Ada", "Ben"] if page == ada else ["Ben", "Ada"])
+        expect(page.locator("#log .said")).to_have_text(["Before the storm.", "Can you hear me?", "Hello?"])
+        expect(page.locator("#log .pending")).to_have_count(0)
+    say(ben, "Loud and clear.")
+    expect(heard(ada, "Loud and clear.")).to_be_visible()
+    expect(ada.locator("#log .note")).to_have_text(["Ben joined"])  # nobody left: all were away
+
+
+@pytest.fixture(scope="module")
+def couple(browser: Browser, mortal: Mortal) -> Iterator[tuple[Page, Page]]:
+    """Two pages that live through one death of the server after the other."""
+    with visiting(browser) as visit:
+        yield come_in(visit(mortal.http), "Ada"), come_in(visit(mortal.http), "Ben")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_server_killed_between_five_messages_loses_none_and_doubles_none(
+    mortal: Mortal, couple: tuple[Page, Page], seed: int
+) -> None:
+    ada, ben = couple
+    back(ada, ben)
+    chance = random.Random(seed)
+    texts = [f"run {seed}, message {number}" for number in range(5)]
+    if seed % 2:
+        die_before_the_answer(mortal, ada, ben, texts, chance.randrange(5))
+    else:
+        die_at_some_moment(mortal, ada, texts, chance)
+    back(*chance.sample([ada, ben], 2))
+    for page in (ada, ben):
+        expect(heard(page, re.compile(f"^run {seed},"))).to_have_text(texts)
+        expect(page.locator("#log .pending, #log .failed")).to_have_count(0)
+
+
+def die_before_the_answer(mortal: Mortal, ada: Page, ben: Page, texts: list[str], which: int) -> None:
+    """Kill the server when one message has been seen by the other page and not been answered."""
+    mortal.stick(which + 1)
+    for text in texts:
+        say(ada, text)
+    expect(heard(ben, texts[which])).to_be_visible()
+    mortal.kill()
+    mortal.start()
+
+
+def die_at_some_moment(mortal: Mortal, ada: Page, texts: list[str], chance: random.Random) -> None:
+    """Write five messages within half a second; in which the server is killed, and some time later started."""
+    deeds: list[tuple[float, Callable[[], None]]] = [
+        (chance.uniform(0, 0.5), lambda text=text: say(ada, text)) for text in texts
+    ]
+    moments = sorted(moment for moment, _ in deeds)
+    deeds = [(moment, deed) for moment, (_, deed) in zip(moments, deeds, strict=True)]
+    death = chance.uniform(0, 0.5)
+    deeds += [(death, mortal.kill), (death + chance.uniform(0, 0.2), mortal.start)]
+    begin = time.monotonic()
+    for moment, deed in sorted(deeds, key=lambda each: each[0]):
+        ada.wait_for_timeout(max(0, begin + moment - time.monotonic()) * 1000)
+        deed()
+
+
+def altered(url: str, code: str, instead: str = "") -> Callable[[BrowserContext], None]:
+    """Let a page get a script in which one line is another."""
+
+    def alter(route: Route) -> None:
+        response = route.fetch()
+        script = response.text()
+        assert script.count(code) == 1, f"{url} has no such line any more"
+        route.fulfill(response=response, body=script.replace(code, instead))
+
+    return lambda context: context.route(url, alter)
+
+
+NO_CLIENT = altered("**/rt/starlette-rt.js", "if (this._seen.has(id)) return;")
+NO_PAGE = altered(
+    "**/static/chat.js", "if (where.said.some((item) => item.id === message.id && item.from === message.from)) return;"
+)
+
+
+@pytest.mark.parametrize(
+    ("without", "shown"),
+    [((), 1), ((NO_PAGE,), 1), ((NO_CLIENT,), 1), ((NO_PAGE, NO_CLIENT), 2)],
+    ids=["as-it-is", "by-the-publication-alone", "by-the-page-alone", "by-nothing"],
+)
+def test_what_is_broadcast_again_shows_once_by_its_name(
+    visit: Visit, mortal: Mortal, without: tuple[Any, ...], shown: int
+) -> None:
+    """Either the client or the page suffices; the last case shows that the message really comes twice."""
+    with Line(mortal.server) as line:
+        ada = come_in(visit(line.http), "Ada")
+        ben = come_in(visit(mortal.http, lambda context: [alter(context) for alter in without]), "Ben")
         for page in (ada, ben):
-            expect(page.locator("#state")).to_have_text("Connected", timeout=30_000)
-            expect(page.locator("#lost")).to_be_hidden()
-        expect(ada.locator("#persons .name")).to_have_text(["Ada", "Ben"])
-        ada.locator("#text").press("Enter")
-        expect(heard(ben, "Can you hear me?")).to_be_visible()
+            enter(page, f"Echo {shown}{len(without)}{int(NO_PAGE in without)}")
+        mortal.stick(1)
+        say(ada, "Do you hear that?")
+        expect(heard(ben, "Do you hear that?")).to_have_count(1)
+        line.cut()
+        mortal.kill()
+        mortal.start()
+        back(ben)  # before it is broadcast again
+        line.mend()
+        back(ada)
+        expect(ada.locator("#log .pending")).to_have_count(0)
+        say(ada, "That.")
+        expect(heard(ben, "That.")).to_be_visible()
+        expect(heard(ben, "Do you hear that?")).to_have_count(shown)
+        expect(heard(ada, "Do you hear that?")).to_have_count(1)
 
 
-def test_one_who_writes_too_fast_is_told_to_wait_and_may_send_again(visit: Visit, chat: Server) -> None:
-    ada = come_in(visit(chat.http), "Ada")
-    enter(ada, "Hurry")
+@pytest.mark.parametrize("page_is", ["elsewhere", "on the server"])
+def test_a_reload_in_the_middle_of_an_outage_loses_nothing(visit: Visit, mortal: Mortal, page_is: str) -> None:
+    """Neither what was said before, nor what waits, nor what was said and never answered."""
+    ada, ben = come_in(visit(mortal.http), "Ada"), come_in(visit(mortal.http), "Ben")
+    group, texts = f"Ferry {page_is}", [f"Wave {number}" for number in range(3)]
+    for page in (ada, ben):
+        enter(page, group)
+    say(ada, "All aboard.")
+    expect(heard(ben, "All aboard.")).to_be_visible()
+    expect(ada.locator("#log .pending")).to_have_count(0)
+    mortal.stick(1)
+    for text in texts:
+        say(ada, text)
+    expect(heard(ben, texts[0])).to_be_visible()
+    mortal.kill()
+    expect(ada.locator("#log .pending .said")).to_have_text(texts[1:])
+    if page_is == "elsewhere":
+        ada.context.route(re.compile("/(static/.*|rt/.*)?$"), from_elsewhere)
+        ada.reload()
+        ada.get_by_role("button", name=group).click()
+        expect(ada.locator("#log .said")).to_have_text(["All aboard.", *texts])
+        expect(ada.locator("#log .pending .said")).to_have_text(texts[1:])
+        mortal.start()
+    else:
+        with pytest.raises(Error, match="ERR_CONNECTION_REFUSED"):
+            ada.reload()
+        mortal.start()
+        ada.goto(mortal.http)
+        ada.get_by_role("button", name=group).click()
+    back(ada, ben)
+    for page in (ada, ben):
+        expect(page.locator("#log .said")).to_have_text(["All aboard.", *texts])
+        expect(page.locator("#log .pending")).to_have_count(0)
+
+
+def from_elsewhere(route: Route) -> None:
+    """The files of the page, as from a server of its own."""
+    folder, _, name = route.request.url.split("/", 3)[3].partition("/")
+    file = STATICS / name if folder == "rt" else EXAMPLES / "chat" / "static" / (name or "index.html")
+    route.fulfill(path=file)
+
+
+def test_one_who_writes_too_fast_waits_and_loses_nothing(visit: Visit, chat: Server) -> None:
+    ada, ben = come_in(visit(chat.http), "Ada"), come_in(visit(chat.http), "Ben")
+    for page in (ada, ben):
+        enter(page, "Hurry")
     hurried = (
-        "(text) => [...Array(12).keys()].forEach((n) => { text.value = `quick ${n}`; text.form.requestSubmit(); })"
+        "(text) => [...Array(16).keys()].forEach((n) => { text.value = `quick ${n}`; text.form.requestSubmit(); })"
     )
     ada.locator("#text").evaluate(hurried)  # faster than any key could be pressed
-    trouble = ada.locator("#log .trouble").first
-    expect(trouble).to_have_text(re.compile("^Slow down"))
-    refused = ada.locator("#log .failed").first
-    text = refused.locator(".said").inner_text()
-    refused.get_by_role("button", name="Send again").click()
-    expect(ada.locator("#log .sent .said", has_text=text)).to_be_visible()
+    expect(ada.locator("#log .pending .waits").last).to_have_text("Slow down a little; this waits its turn")
+    for page in (ada, ben):
+        expect(page.locator("#log .said")).to_have_text([f"quick {number}" for number in range(16)])
+        expect(page.locator("#log .pending, #log .failed")).to_have_count(0)
+
+
+def test_what_the_server_refuses_can_be_sent_again(visit: Visit, mortal: Mortal) -> None:
+    ada = come_in(
+        visit(mortal.http, altered("**/static/chat.js", "text: item.text }", 'text: item.text.replace("!", "") }')),
+        "Ada",
+    )
+    say(ada, "!")  # nothing is left of it
+    expect(ada.locator("#log .failed .trouble")).to_contain_text("Not sent")
+    ada.get_by_role("button", name="Send again").click()
+    expect(ada.locator("#log .failed .trouble")).to_contain_text("Not sent")
+
+
+def test_who_leaves_takes_all_along(visit: Visit, chat: Server) -> None:
+    page = come_in(visit(chat.http), "Ada")
+    enter(page, "Diary")
+    say(page, "Dear diary")
+    expect(page.locator("#log .pending")).to_have_count(0)
+    page.get_by_role("button", name="choose another name").click()
+    expect(page.get_by_label("Your name")).to_be_focused()
+    come_in(page, "Ben")
+    expect(page.locator("#groups .name")).to_have_text(["Lobby", "Design", "Engineering"])
+    expect(heard(page, "Dear diary")).to_have_count(0)
 
 
 def test_who_has_scrolled_up_is_told_of_news_and_left_where_they_read(visit: Visit, chat: Server) -> None:
@@ -291,3 +567,112 @@ def test_the_readme_typed_literally_ends_with_two_consoles_seeing_one_message(vi
             page.wait_for_function("ws.readyState === WebSocket.OPEN")
         with pages[0].expect_console_message(is_hello), pages[1].expect_console_message(is_hello):
             type_into_console(pages[0], lines[-1:])
+
+
+CONNECT = [
+    'const { connect } = await import("/rt/starlette-rt.js");',
+    'const token = async () => (await fetch("/login/NAME", { method: "POST" })).text();',
+    'const rt = connect("/ws", { token });',
+    "const heard = [];",
+    'rt.group("lobby").on("message", ({ text }) => heard.push(text));',
+]
+
+
+def test_the_app_of_the_readme_with_a_history_recovers_its_group(visit: Visit, tmp_path: Path) -> None:
+    """One line of the app is another; our client knows no more of it than that it is joined to the lobby."""
+    app = first_block()
+    for before, after in [
+        ("rt = Realtime()", 'rt = Realtime(history={"lobby": History(100, 300)})'),
+        ("import Identity", "import History, Identity"),
+    ]:
+        assert app.count(before) == 1
+        app = app.replace(before, after)
+    (tmp_path / "app.py").write_text(app, "utf-8")
+    client = lambda context: context.route("**/rt/*", from_elsewhere)  # noqa: E731  # the app does not serve it
+    with serving(tmp_path) as server, Line(server) as line:
+        ada, ben = visit(line.http, client), visit(server.http, client)
+        for page, name in ((ada, "ada"), (ben, "ben")):
+            type_into_console(page, [line.replace("NAME", name) for line in CONNECT])
+            page.wait_for_function("rt.state === 'open' && rt.group('lobby').joined")
+
+        def emit(*texts: str) -> None:
+            for text in texts:
+                type_into_console(ben, [f"await rt.emit('message', {json.dumps({'text': text})})"])
+
+        emit("one")
+        ada.wait_for_function("heard.length === 1")
+        line.cut()
+        ada.wait_for_function("rt.state === 'waiting'")
+        emit("two", "three", "four")
+        line.mend()
+        ada.wait_for_function("rt.state === 'open' && rt.group('lobby').joined", timeout=GRACE)
+        emit("five")
+        ada.wait_for_function("heard.includes('five')")
+        assert ada.evaluate("heard") == ["one", "two", "three", "four", "five"]
+
+
+# As much of MessagePack as the chat says; what a page would take from a package.
+CODEC = """
+const codec = {
+  encode(value) {
+    const bytes = [];
+    const number = (size, value) => { for (let at = size - 1; at >= 0; at--) bytes.push(Math.floor(value / 256 ** at) & 255); };
+    const sized = (size, fixed, limit, long) => (size < limit ? bytes.push(fixed | size) : (bytes.push(long), number(2, size)));
+    const put = (value) => {
+      if (value === null || value === undefined) bytes.push(0xc0);
+      else if (typeof value === "boolean") bytes.push(value ? 0xc3 : 0xc2);
+      else if (typeof value === "number") { bytes.push(0xcf); number(8, value); }
+      else if (typeof value === "string") {
+        const text = new TextEncoder().encode(value);
+        sized(text.length, 0xa0, 32, 0xda);
+        bytes.push(...text);
+      } else if (Array.isArray(value)) { sized(value.length, 0x90, 16, 0xdc); value.forEach(put); }
+      else {
+        const entries = Object.entries(value).filter(([, value]) => value !== undefined);
+        sized(entries.length, 0x80, 16, 0xde);
+        entries.flat().forEach(put);
+      }
+    };
+    put(value);
+    return Uint8Array.from(bytes);
+  },
+  decode(bytes) {
+    let at = 0;
+    const number = (size) => { let value = 0; while (size--) value = value * 256 + bytes[at++]; return value; };
+    const text = (size) => new TextDecoder().decode(bytes.subarray(at, (at += size)));
+    const list = (size) => Array.from({ length: size }, take);
+    const map = (size) => Object.fromEntries(Array.from({ length: size }, () => [take(), take()]));
+    const take = () => {
+      const kind = bytes[at++];
+      if (kind < 0x80) return kind;
+      if (kind < 0x90) return map(kind & 15);
+      if (kind < 0xa0) return list(kind & 15);
+      if (kind < 0xc0) return text(kind & 31);
+      const rest = { 0xc0: () => null, 0xc2: () => false, 0xc3: () => true, 0xcc: () => number(1), 0xcd: () => number(2),
+        0xce: () => number(4), 0xcf: () => number(8), 0xd9: () => text(number(1)), 0xda: () => text(number(2)),
+        0xdc: () => list(number(2)), 0xde: () => map(number(2)) };
+      return rest[kind]();
+    };
+    return take();
+  },
+};
+"""
+
+
+def test_a_page_with_a_codec_speaks_messagepack_to_one_that_speaks_json(visit: Visit, chat: Server) -> None:
+    ada, mona = come_in(visit(chat.http), "Ada"), visit(chat.http)
+    enter(ada, "Tower")
+    say(ada, "Ça va?")
+    expect(ada.locator("#log .pending")).to_have_count(0)
+    lines = [line.replace("NAME", "Mona").replace("{ token }", "{ token, codec }") for line in CONNECT[:4]]
+    join = 'rt.join("tower", { last: 1 }).on("said", ({ name, text }) => heard.push(`${name}: ${text}`));'
+    long = "Très bien! " * 20
+    emit = f'await rt.emit("say", {{ id: "m", text: {json.dumps(long)} }}, {{ group: "tower" }});'
+    with mona.expect_websocket() as opened:
+        type_into_console(mona, [CODEC, *lines, join])
+    frames: list[str | bytes] = []
+    opened.value.on("framesent", frames.append)
+    type_into_console(mona, [emit])
+    expect(heard(ada, long.strip())).to_have_count(1)
+    assert mona.evaluate("heard") == ["Ada: Ça va?", f"Mona: {long.strip()}"]
+    assert {type(frame) for frame in frames} == {bytes}

@@ -46,6 +46,7 @@ Hook = Callable[..., Awaitable[None]]
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second that a peer is given, and the sweeper's half second, are a few turns here."""
     monkeypatch.setattr(module, "GIVE_UP", 0.05)
+    monkeypatch.setattr(module, "FAULTS", RateLimit("50/hour"))  # which does not refill while a test runs
     monkeypatch.setattr(realtime, "SWEEP", 0.02)
 
 
@@ -310,7 +311,8 @@ async def test_a_slow_peer_that_takes_something_now_and_then_stays() -> None:
         assert stage.connection.is_open
 
 
-async def test_an_evicted_peer_that_reads_not_even_the_close_is_dropped() -> None:
+async def test_an_evicted_peer_that_reads_not_even_the_close_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GIVE_UP", 60.0)
     stage = Stage(outbox=small())
     async with stage.open() as client:
         client.stall()
@@ -798,6 +800,26 @@ async def test_who_keeps_on_after_being_told_to_wait_is_closed_and_may_come_back
         assert client.close_code == 4003
 
 
+async def test_who_waits_as_long_as_it_was_told_is_never_closed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FAULTS", RateLimit("50/day"))
+    stage = Stage(limits=[RateLimit("1/minute")])
+    async with stage.open() as client:
+        time, later = stage.rt.tasks.time, 0.0
+        stage.rt.tasks.time = lambda: time() + later  # type: ignore[method-assign]
+        for _ in range(80):
+            await client.send_json(1)
+            await client.send_json(2)
+            later += (await client.receive_json())["retry_after_ms"] / 1000
+        assert client.close_code is None
+        assert set(stage.heard) == {1}
+        for _ in range(60):
+            await client.send_json(2)
+            await turns(2)
+            if client.close_code:
+                break
+        assert client.close_code == 4003
+
+
 async def test_a_handlers_refusals_count_as_well() -> None:
     async def refuse(endpoint: Any, data: Any) -> None:
         raise EventError("closed", "come back on Monday")
@@ -1185,6 +1207,8 @@ async def test_a_client_that_gives_no_code_has_given_none() -> None:
 async def test_only_one_of_us_reads() -> None:
     stage = Stage()
     async with stage.open():
+        with pytest.raises(RuntimeError, match="declare a handler with @event"):
+            stage.connection.events()
         with pytest.raises(RuntimeError, match="on_receive"):
             aiter(stage.connection)
 
@@ -1221,3 +1245,24 @@ async def test_one_who_has_left_need_not_be_dropped_for_what_is_still_refused() 
         assert not stage.rt.watched
     assert stage.codes == [1000]
     assert stage.rt.stats()["rejected.no"] == 60
+
+
+@pytest.mark.parametrize("protocol", ["rt.v1.json", "rt.v1.msgpack"])
+async def test_what_the_host_spelled_itself_is_an_event_to_who_speaks_the_protocol(protocol: str) -> None:
+    async def connected(endpoint: Any, websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_json({"a": 1})
+        await websocket.send_text("no json")
+        await websocket.send_bytes(b"raw")
+        await websocket.close(4321)
+
+    stage = Stage(connected=connected)
+    async with connect(stage.app, "/", subprotocols=[protocol]) as client:
+        await client.closed()
+        frames: list[Any] = []
+        for raw in client.pending:
+            said = msgspec.json.decode(raw) if isinstance(raw, str) else msgspec.msgpack.decode(raw)
+            frames += said if isinstance(said, list) else [said]
+    raw = "cmF3" if protocol == "rt.v1.json" else b"raw"
+    assert [frame.get("data") for frame in frames] == [None, {"a": 1}, "no json", raw]
+    assert {frame["event"] for frame in frames[1:]} == {"message"}

@@ -15,8 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, field_validator
 
-from starlette_rt.events import Decoder, ModelDecoder, decoder_for, message_decoder
+from starlette_rt.events import (
+    Decoder,
+    ModelDecoder,
+    Whisper,
+    decoder_for,
+    event,
+    handlers_of,
+    message_decoder,
+    whispers_of,
+)
 from starlette_rt.exceptions import ConfigurationError, EventError
+from starlette_rt.limits import RateLimit
 
 if typing.TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -242,3 +252,228 @@ def test_any_input_makes_a_model_or_an_event_error(raw: str | bytes) -> None:
     except EventError as error:
         codes.append(error.code)
     assert codes == ["invalid"] or isinstance(value, Model)
+
+
+# Typed handlers of a class.
+
+
+class Board:
+    """Handlers as they stand in an endpoint."""
+
+    @event("data")
+    async def data(self, data: Message) -> None: ...
+
+    @event("nothing")
+    async def nothing(self) -> None: ...
+
+    @event("group")
+    async def group(self, group: str) -> None: ...
+
+    @event("both", limit=RateLimit("5/second"), scopes=["admin"], concurrency=7, rerun=True)
+    async def both(self, data: Model, group: str) -> None: ...
+
+    @event("perhaps", limit=[RateLimit("5/second"), RateLimit("9/minute", per="user")])
+    async def perhaps(self, data: Any, group: str | None = None, *, more: int = 0) -> None: ...
+
+    @event("star")
+    async def star(self, *arguments: int) -> None: ...
+
+    async def no_handler(self, data: Message) -> None: ...
+
+
+def test_a_handler_is_called_with_what_it_takes() -> None:
+    handlers = handlers_of(Board)
+    assert set(handlers) == {"data", "nothing", "group", "both", "perhaps", "star"}
+    took = {name: (each.takes_data, each.takes_group, each.needs_group) for name, each in handlers.items()}
+    assert took == {
+        "data": (True, False, False),
+        "nothing": (False, False, False),
+        "group": (False, True, True),
+        "both": (True, True, True),
+        "perhaps": (True, True, False),
+        "star": (True, False, False),
+    }
+    assert isinstance(handlers["data"].decoder, Decoder)
+    assert isinstance(handlers["both"].decoder, ModelDecoder)
+    assert handlers["star"].decoder is not None
+    assert {name for name, each in handlers.items() if each.decoder is None} == {"nothing", "group", "perhaps"}
+
+
+def test_the_terms_of_a_handler_are_those_of_its_declaration() -> None:
+    handlers = handlers_of(Board)
+    both, data = handlers["both"], handlers["data"]
+    assert (both.scopes, both.concurrency, both.rerun) == (("admin",), 7, True)
+    assert (data.scopes, data.concurrency, data.rerun, data.meter) == ((), 1, False, None)
+    assert both.meter is not None
+    assert both.meter is not handlers["perhaps"].meter
+    assert both.function is Board.both
+
+
+def test_an_override_keeps_the_declaration_and_may_give_another() -> None:
+    class Quiet(Board):
+        async def data(self, data: Struct) -> None: ...  # type: ignore[override]
+
+        @event("loud")
+        async def nothing(self) -> None: ...
+
+    handlers = handlers_of(Quiet)
+    assert handlers["data"].function is Quiet.data
+    assert handlers["data"].decoder is not None
+    assert handlers["data"].decoder.type is Struct
+    assert "nothing" not in handlers
+    assert handlers["loud"].function is Quiet.nothing
+
+
+class Twice(Board):
+    @event("data")
+    async def again(self, data: Message) -> None: ...
+
+
+class Late:
+    @event("say")
+    def say(self, data: Message) -> None: ...
+
+
+class Many:
+    @event("say")
+    async def say(self, data: Message, more: int, group: str) -> None: ...
+
+
+class Unknown:
+    @event("say")
+    async def say(self, data: Hidden) -> None: ...
+
+
+class Odd:
+    @event("say")
+    async def say(self, data: Stranger) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("cls", "sentence"),
+    [
+        (Twice, r"test_events\.Board\.data: .*\.Twice\.again handles 'data' already"),
+        (Late, r"test_events\.Late\.say is not async; write `async def say\(…\)`"),
+        (Many, r"Many\.say is called with data and group; nobody gives it `more`"),
+        (Unknown, r"Unknown\.say: the annotation of `data` cannot be resolved"),
+        (Odd, r"Odd\.say: JSON cannot be decoded into .*Stranger is no dataclass"),
+    ],
+)
+def test_a_typed_handler_that_cannot_work_is_an_error_with_a_sentence(cls: type, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        handlers_of(cls)
+
+
+class Selfless:
+    @event("say")
+    async def say() -> None: ...  # type: ignore[misc]
+
+
+class GroupFirst:
+    @event("say")
+    async def say(self, group: str, data: Message) -> None: ...
+
+
+class ByName:
+    @event("say")
+    async def say(self, *, data: Message) -> None: ...
+
+
+class ByPlace:
+    @event("say")
+    async def say(self, data: Message, group: str, /) -> None: ...
+
+
+class Named:
+    @event("say")
+    async def say(self, **data: Message) -> None: ...
+
+
+@pytest.mark.xfail(strict=True, reason="whether a handler can be called so is not tried at start")
+@pytest.mark.parametrize("cls", [Selfless, GroupFirst, ByName, ByPlace, Named])
+def test_a_handler_that_cannot_be_called_so_is_an_error_with_a_sentence_at_start(cls: type) -> None:
+    with pytest.raises(ConfigurationError):
+        handlers_of(cls)
+
+
+@pytest.mark.parametrize(
+    ("declare", "sentence"),
+    [
+        (lambda: event(""), "an event has a name of 1 to 255 printable characters"),
+        (lambda: event("x" * 256), "an event has a name"),
+        (lambda: event("a\nb"), "an event has a name"),
+        (lambda: event(Board.data), r'write @event\("say"\)'),  # type: ignore[type-var]
+        (lambda: event("say", scopes="admin"), r'scopes is a list: write scopes=\["admin"\]'),
+        (lambda: event("say", concurrency=0), "concurrency is a whole number from 1 to 1000"),
+        (lambda: event("say", concurrency=1001), "concurrency is a whole number"),
+        (lambda: event("say", concurrency=1.5), "concurrency is a whole number"),  # type: ignore[arg-type]
+        (lambda: event("say", limit=["5/second"]), r"limit= is a RateLimit"),  # type: ignore[list-item]
+        (lambda: event("say", limit="5/second"), r'write limit=RateLimit\("5/second"\)'),  # type: ignore[arg-type]
+    ],
+)
+def test_a_declaration_that_cannot_work_says_what_to_write(declare: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        declare()
+
+
+def test_the_bounds_of_a_declaration_are_inside() -> None:
+    assert callable(event("x" * 255, concurrency=1000))
+    assert callable(event("x", concurrency=1))
+
+
+# Whispers.
+
+
+def test_whispers_are_read_once() -> None:
+    declared = whispers_of(
+        Board, {"typing": Whisper(bool, expires=1.5), "cursor": Whisper(Any, latest=False), "model": Whisper(Model)}
+    )
+    assert [(each.name, each.latest, each.expires_ms) for each in declared.values()] == [
+        ("typing", True, 1500),
+        ("cursor", False, None),
+        ("model", True, None),
+    ]
+    assert declared["cursor"].decoder is None
+    assert isinstance(declared["typing"].decoder, Decoder)
+    assert isinstance(declared["model"].decoder, ModelDecoder)
+    assert whispers_of(Board, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("declare", "sentence"),
+    [
+        (lambda: Whisper(bool, limit="5/second"), r"Whisper: limit= is a RateLimit: write limit=RateLimit"),  # type: ignore[arg-type]
+        (lambda: Whisper(bool, expires=0), "Whisper: expires= is a number of seconds, greater than zero"),
+        (lambda: Whisper(bool, expires=float("nan")), "Whisper: expires="),
+        (lambda: whispers_of(Board, ["typing"]), r'Board\.whispers: write whispers = {"typing": Whisper'),  # type: ignore[arg-type]
+        (lambda: whispers_of(Board, {"typing": bool}), r"Board\.whispers: write"),  # type: ignore[dict-item]
+        (lambda: whispers_of(Board, {"a": Whisper(Stranger)}), r"whispers\['a'\]: JSON cannot be decoded into"),
+    ],
+)
+def test_a_whisper_that_cannot_work_says_what_to_write(declare: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        declare()
+
+
+# The other spelling.
+
+
+def test_bad_input_in_messagepack_is_refused_as_in_json() -> None:
+    model, plain = decoder_for(Model, "app.Chat"), decoder_for(Message, "app.Chat")
+    good = msgspec.msgpack.encode({"text": "hi", "tags": [1]})
+    assert model.decode_msgpack(good) == Model(text="hi", tags=[1])
+    assert plain.decode_msgpack(good) == Message("hi")
+    bad = msgspec.msgpack.encode({"text": "hi", "tags": [30]})
+    with pytest.raises(EventError, match=r"Input should be less than 10 - at `\$\.tags\[0\]`"):
+        model.decode_msgpack(bad)
+    with pytest.raises(msgspec.ValidationError, match=r"at `\$\.text`"):
+        plain.decode_msgpack(msgspec.msgpack.encode({"text": 1}))
+    for decoder in (model, plain):
+        with pytest.raises(msgspec.DecodeError):
+            decoder.decode_msgpack(b"\xc1")
+
+
+def test_a_model_reads_the_raw_data_of_a_frame() -> None:
+    decoder = decoder_for(Model, "app.Chat")
+    assert decoder.decode(msgspec.Raw(b'{"text":"hi"}')) == Model(text="hi")
+    assert decoder.decode_msgpack(msgspec.Raw(msgspec.msgpack.encode({"text": "hi"}))) == Model(text="hi")

@@ -264,6 +264,18 @@ def test_the_page_never_makes_markup_of_what_people_write() -> None:
         assert not re.search(markup, script.read_text("utf-8"))
 
 
+def test_the_page_about_the_demonstration_shows_what_is_in_it() -> None:
+    page = (DOCS / "demo.md").read_text("utf-8")
+    first, last = re.findall(r'--8<-- "examples/chat/app\.py:(\d+):(\d+)"', page)[0]
+    lines = (STATIC.parent / "app.py").read_text("utf-8").splitlines()
+    shown = lines[int(first) - 1 : int(last)]
+    assert shown[0] == "class Chat(RealtimeEndpoint):"
+    assert lines[int(last) :][:2] == ["", ""]  # all of it
+    script = (STATIC / "chat.js").read_text("utf-8")
+    for line in re.findall(r"^```js\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0].splitlines():
+        assert line in script
+
+
 # The notifications.
 
 

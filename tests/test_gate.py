@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
-from anyio.lowlevel import checkpoint
-from fastapi import Depends, FastAPI
-from fastapi import WebSocket as FastAPIWebSocket
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, BaseUser, SimpleUser, UnauthenticatedUser
-from starlette.exceptions import HTTPException, WebSocketException
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from starlette_rt import (
-    CloseCode,
     ConfigurationError,
     Connection,
     ConnectionLimits,
@@ -39,8 +34,7 @@ from starlette_rt import (
     TokenSigner,
     gate,
 )
-from starlette_rt.connection import MAX_INBOX
-from starlette_rt.gate import Denied, linger
+from starlette_rt.gate import linger
 from starlette_rt.testing import Refused, connect, lifespan
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -230,6 +224,58 @@ async def test_without_the_denial_extension_a_refusal_is_a_close_before_accept()
 async def test_a_browser_of_ours_is_accepted_and_closed_with_a_code_it_can_read() -> None:
     assert await code_of(live(tokens=tokens), **BROWSER) == (4501, "rt.plain")
     assert await code_of(live(tokens=tokens), **BROWSER, token=expired()) == (4001, "rt.plain")
+
+
+@pytest.mark.parametrize("protocol", ["rt.v1.json", "rt.v1.msgpack"])
+async def test_a_browser_hears_a_refusal_in_the_protocol_that_it_offered(protocol: str) -> None:
+    app = live(tokens=tokens)
+    assert await code_of(app, origin="http://testserver", subprotocols=[protocol, "rt.plain"]) == (4501, protocol)
+
+
+@pytest.mark.parametrize(
+    ("offered", "encoding", "spoken"),
+    [
+        (["soap", "rt.v1.msgpack", "rt.v1.json"], "json", "rt.v1.msgpack"),
+        (["rt.plain", "rt.v1.json"], "json", "rt.plain"),
+        (["rt.v2.json"], "json", None),
+        (["rt.v1.json", "rt.plain"], "text", "rt.plain"),
+        (["rt.v1.json"], None, None),
+    ],
+)
+async def test_the_first_protocol_is_spoken_that_is_known_and_fits_the_encoding(
+    offered: list[str], encoding: Any, spoken: str | None
+) -> None:
+    app = live(type("Endpoint", (RealtimeEndpoint,), {"encoding": encoding}))
+    async with connect(app, "/ws", subprotocols=offered) as client:
+        assert client.subprotocol == spoken
+        await client.silent() if spoken in (None, "rt.plain") else await client.receive()
+
+
+class Choosing(RealtimeEndpoint):
+    """Accepts with a protocol of its own choice."""
+
+    async def on_connect(self, websocket: WebSocket) -> None:
+        await websocket.accept(subprotocol="soap")
+
+
+async def test_a_host_that_names_another_protocol_than_is_spoken_is_told_what_to_write(
+    caplog: pytest.LogCaptureFixture, loud: Callable[[], list[str]]
+) -> None:
+    assert (await refusal(live(Choosing), subprotocols=["rt.v1.json", "soap"])).status == 500
+    assert len(loud()) == 1
+    assert "rt.v1.json is spoken with this client: write accept() without subprotocol=" in caplog.text
+
+
+async def test_a_host_may_name_what_is_spoken_and_any_protocol_of_its_own() -> None:
+    async with connect(live(Choosing), "/ws", subprotocols=["soap"]) as client:
+        assert client.subprotocol == "soap"
+
+    class Same(RealtimeEndpoint):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept(subprotocol="rt.v1.json")
+
+    async with connect(live(Same), "/ws", subprotocols=["rt.v1.json"]) as client:
+        assert client.subprotocol == "rt.v1.json"
 
 
 async def test_a_close_before_accept_keeps_its_code_and_its_reason() -> None:
@@ -438,356 +484,6 @@ async def test_lingering_has_an_end_where_the_server_never_says_anything() -> No
         await linger(anyio.sleep_forever, send)
 
 
-# Function style.
-
-
-def functions(rt: Realtime, body: Body, *, accept: bool = False, options: Any = None, **settings: Any) -> FastAPI:
-    """A FastAPI app with one route in function style; ``app.state.ended`` says how often a body was left."""
-    app = FastAPI()
-    app.add_middleware(RealtimeMiddleware, realtime=rt, **settings)
-    app.state.ended = []
-
-    def current_user(websocket: FastAPIWebSocket) -> str | None:
-        return websocket.headers.get("x-user")
-
-    @app.websocket("/ws")
-    async def ws(websocket: FastAPIWebSocket, user: str | None = Depends(current_user)) -> None:
-        if accept:
-            await websocket.accept()
-        identity = Identity(user) if user else None
-        try:
-            async with rt.accept(websocket, identity=identity, **(options or {})) as connection:
-                await body(connection)
-        finally:
-            app.state.ended.append(True)
-
-    return app
-
-
-async def echo(connection: Connection) -> None:
-    async for data in connection:
-        await connection.push(data)
-
-
-async def never(connection: Connection) -> None:
-    raise AssertionError("the body of a refused handshake ran")
-
-
-@pytest.mark.parametrize("accept", [False, True], ids=["accepts", "has been accepted"])
-async def test_a_body_reads_what_the_client_says_until_it_leaves(accept: bool) -> None:
-    app = functions(Realtime(), echo, accept=accept)
-    async with connect(app, "/ws", headers={"x-user": "ann"}) as client:
-        for data in (1, {"two": 2}, "three"):
-            await client.send_json(data)
-            assert await client.receive_json() == data
-        await client.send("no json")
-        assert (await client.receive_json())["code"] == "bad_message"
-    assert app.state.ended == [True]
-
-
-async def test_the_hosts_identity_is_the_connections() -> None:
-    rt = Realtime()
-
-    async def body(connection: Connection) -> None:
-        await connection.push(connection.user.identity)
-        await connection.wait_closed()
-
-    app = functions(rt, body)
-    async with connect(app, "/ws", headers={"x-user": "ann"}) as client:
-        assert await client.receive_json() == "ann"
-        assert await rt.online(["ann", "bob"]) == {"ann"}
-        await rt.push("ann", "for you")
-        assert await client.receive_json() == "for you"
-
-
-@pytest.mark.parametrize("accept", [False, True], ids=["accepts", "has been accepted"])
-async def test_a_body_that_only_pushes_waits_for_the_end(accept: bool) -> None:
-    seen: list[str] = []
-
-    async def body(connection: Connection) -> None:
-        await connection.join("news")
-        seen.append("here")
-        await connection.wait_closed()
-
-    rt = Realtime()
-    app = functions(rt, body, accept=accept)
-    async with connect(app, "/ws") as client:
-        await anyio.wait_all_tasks_blocked()
-        for number in range(2 * MAX_INBOX):
-            await client.send_json({"keepalive that nobody asks for": number})
-        await anyio.wait_all_tasks_blocked()
-        await rt.broadcast("news", 1)
-        assert await client.receive_json() == 1
-    assert seen == ["here"]
-    assert app.state.ended == [True]
-    assert rt.stats()["connections"] == 0
-
-
-async def test_waiting_for_the_end_takes_no_message_from_a_body_that_reads() -> None:
-    async def body(connection: Connection) -> None:
-        connection.start_soon(connection.wait_closed)
-        async for data in connection:
-            await anyio.wait_all_tasks_blocked()
-            await connection.push(data)
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        for number in range(5):
-            await client.send_json(number)
-        assert [await client.receive_json() for _ in range(5)] == list(range(5))
-
-
-async def test_a_body_is_cancelled_at_its_next_await_when_the_peer_leaves_and_ends_quietly() -> None:
-    seen: list[str] = []
-
-    async def body(connection: Connection) -> None:
-        try:
-            await anyio.sleep_forever()
-        except BaseException as error:
-            seen.append("cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else "failed")
-            raise
-
-    app = functions(Realtime(), body)
-    async with connect(app, "/ws"):
-        await anyio.wait_all_tasks_blocked()
-    assert seen == ["cancelled"]
-    assert app.state.ended == [True]
-
-
-async def test_a_body_that_ends_closes_with_1000_after_what_it_said() -> None:
-    async def body(connection: Connection) -> None:
-        await connection.push("bye")
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        assert await client.receive_json() == "bye"
-        assert await client.closed() == 1000
-
-
-async def test_a_body_may_stop_reading_and_read_on() -> None:
-    async def body(connection: Connection) -> None:
-        async for data in connection:
-            await connection.push(["first", data])
-            break
-        async for data in aiter(aiter(connection)):
-            await connection.push(["then", data])
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        for number in (1, 2, 3):
-            await client.send_json(number)
-        assert [await client.receive_json() for _ in range(3)] == [["first", 1], ["then", 2], ["then", 3]]
-
-
-async def test_reading_in_a_shield_ends_with_the_peer() -> None:
-    seen: list[Any] = []
-
-    async def body(connection: Connection) -> None:
-        with anyio.CancelScope(shield=True):
-            seen.extend([data async for data in connection])
-            seen.extend([data async for data in connection])
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        await client.send_json(1)
-        await anyio.wait_all_tasks_blocked()
-    assert seen == [1]
-
-
-async def test_an_exception_of_the_body_closes_with_1011_and_goes_on_to_the_host() -> None:
-    async def body(connection: Connection) -> None:
-        raise ZeroDivisionError("a bug of the host")
-
-    with pytest.raises(ZeroDivisionError):
-        async with connect(functions(Realtime(), body), "/ws") as client:
-            assert await client.closed() == 1011
-
-
-async def test_a_websocket_exception_closes_with_its_code_quietly() -> None:
-    async def body(connection: Connection) -> None:
-        raise WebSocketException(4321, "so it is")
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        assert await client.closed() == 4321
-        assert client.close_reason == "so it is"
-
-
-async def test_a_disconnect_that_the_body_lets_through_is_a_normal_end() -> None:
-    async def body(connection: Connection) -> None:
-        raise WebSocketDisconnect(1001)
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        assert await client.closed() == 1000
-
-
-async def test_an_error_after_the_peer_has_left_still_goes_to_the_host() -> None:
-    async def body(connection: Connection) -> None:
-        try:
-            await anyio.sleep_forever()
-        finally:
-            raise ZeroDivisionError("a bug in the cleaning up")
-
-    with pytest.raises(ZeroDivisionError):
-        async with connect(functions(Realtime(), body), "/ws"):
-            await anyio.wait_all_tasks_blocked()
-
-
-async def test_a_body_that_is_cancelled_by_its_host_closes_with_1001() -> None:
-    async def body(connection: Connection) -> None:
-        scope.cancel()
-        await checkpoint()
-
-    rt, scope = Realtime(), anyio.CancelScope()
-
-    async def ws(websocket: WebSocket) -> None:
-        with scope:
-            async with rt.accept(websocket) as connection:
-                await body(connection)
-
-    async with connect(live(ws, realtime=rt), "/ws") as client:
-        assert await client.closed() == 1001
-
-
-async def test_the_hosts_websocket_speaks_through_the_connection() -> None:
-    rt = Realtime()
-
-    async def ws(websocket: WebSocket) -> None:
-        async with rt.accept(websocket) as connection:
-            await connection.push(1)
-            await websocket.send_json(2)
-            await connection.push(3)
-            with pytest.raises(RuntimeError, match="the connection reads for you; write `async for"):
-                await websocket.receive_text()
-            await websocket.close(4321)
-
-    async with connect(live(ws, realtime=rt), "/ws", subprotocols=["other", "rt.plain"]) as client:
-        assert [await client.receive_json() for _ in range(3)] == [1, 2, 3]
-        assert await client.closed() == 4321
-        assert client.subprotocol == "rt.plain"
-
-
-@pytest.mark.parametrize("accept", [False, True], ids=["before accept", "after the host's accept"])
-async def test_a_refused_handshake_never_gets_to_the_body(accept: bool) -> None:
-    app = functions(Realtime(), never, accept=accept, tokens=tokens)
-    if accept:
-        assert (await code_of(app))[0] == 4501
-        assert (await code_of(app, **BROWSER))[0] == 4501
-    else:
-        assert (await refusal(app)).status == 401
-        assert (await code_of(app, **BROWSER))[0] == 4501
-    assert app.state.ended
-
-
-async def test_a_refusal_outside_the_middleware_is_an_exception_of_the_host() -> None:
-    async with Realtime() as rt:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            async with rt.accept(WebSocket(scope, receive, send), anonymous=False):
-                raise AssertionError("nobody may come")
-
-        with pytest.raises(Denied):
-            async with connect(app, "/ws"):
-                pass
-
-
-@pytest.mark.parametrize(("anonymous", "enters"), [(None, False), (True, True), (False, False)])
-async def test_accept_lets_guests_in_where_it_says_so(anonymous: bool | None, enters: bool) -> None:
-    app = functions(Realtime(), echo, options={"anonymous": anonymous}, tokens=tokens)
-    if enters:
-        async with connect(app, "/ws") as client:
-            await client.send_json(1)
-            assert await client.receive_json() == 1
-    else:
-        assert (await refusal(app)).status == 401
-
-
-async def test_accept_gives_its_slot_back() -> None:
-    app = functions(Realtime(), echo, connections=ConnectionLimits(total=1))
-    async with lifespan(app):
-        for _ in range(2):
-            async with connect(app, "/ws") as client:
-                await client.send_json(1)
-                assert await client.receive_json() == 1
-                assert (await refusal(app)).status == 503
-
-
-async def test_accept_takes_an_encoding_and_limits() -> None:
-    app = functions(Realtime(), echo, options={"encoding": "text", "limits": [RateLimit("1/hour", per="ip")]})
-    async with connect(app, "/ws") as client:
-        await client.send("no json")
-        assert await client.receive() == "no json"
-        await client.send("one too many")
-        await client.silent()  # text has no spelling for an error
-
-
-async def test_a_peer_that_leaves_before_accept_leaves_nothing_behind() -> None:
-    rt = Realtime()
-    limits = ConnectionLimits(total=1)
-
-    async def ws(websocket: WebSocket) -> None:
-        async with rt.accept(websocket):
-            raise AssertionError("nobody is there")
-
-    app = live(ws, realtime=rt, connections=limits)
-
-    async def send(message: Message) -> None:
-        raise OSError("the peer has left")
-
-    async with lifespan(app):
-        for _ in range(2):  # the second finds the slot free again
-            await app(scope_of("/ws"), connecting, send)
-            assert rt.stats() == {"connections": 0, "groups": 0, "slow": 0}
-
-
-async def test_a_server_that_fails_in_the_accept_leaves_nothing_behind() -> None:
-    rt = Realtime()
-
-    async def ws(websocket: WebSocket) -> None:
-        async with rt.accept(websocket):
-            raise AssertionError("not accepted")
-
-    app = live(ws, realtime=rt, connections=ConnectionLimits(total=1))
-
-    async def send(message: Message) -> None:
-        raise RuntimeError("a bug of the server")
-
-    async with lifespan(app):
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="a bug of the server"):
-                await app(scope_of("/ws"), connecting, send)
-            assert rt.stats() == {"connections": 0, "groups": 0, "slow": 0}
-
-
-async def connecting() -> Message:
-    return {"type": "websocket.connect"}
-
-
-def scope_of(path: str) -> Scope:
-    return {"type": "websocket", "path": path, "headers": [], "query_string": b"", "subprotocols": []}
-
-
-async def test_a_host_that_read_the_connect_itself_may_accept() -> None:
-    rt = Realtime()
-
-    async def ws(websocket: WebSocket) -> None:
-        await websocket.receive()
-        async with rt.accept(websocket) as connection:
-            await connection.push("here")
-
-    async with connect(live(ws, realtime=rt), "/ws") as client:
-        assert await client.receive_json() == "here"
-
-
-async def test_many_bodies_end_when_the_realtime_stops() -> None:
-    rt = Realtime()
-    app = functions(rt, echo)
-    async with AsyncExitStack() as stack:
-        async with lifespan(app):
-            clients = [await stack.enter_async_context(connect(app, "/ws")) for _ in range(3)]
-            await rt.drain()
-            assert [await client.closed() for client in clients] == [CloseCode.SERVICE_RESTART] * 3
-            with anyio.fail_after(PATIENCE):
-                while len(app.state.ended) < 3:
-                    await checkpoint()
-            await stack.aclose()
-
-
 @pytest.mark.parametrize("browser", [False, True], ids=["over HTTP", "by a close code"])
 async def test_a_refusal_that_quotes_half_a_character_is_still_said(browser: bool) -> None:
     class Endpoint(RealtimeEndpoint):
@@ -836,18 +532,6 @@ async def test_one_who_was_revoked_on_the_way_in_does_not_get_in() -> None:
         group.start_soon(come)
         await on_the_way.wait()
         await rt.revoke("eve")
-
-
-async def test_an_event_error_of_a_body_is_answered_and_quiet() -> None:
-    async def body(connection: Connection) -> None:
-        async for data in connection:
-            await connection.join(data)
-
-    async with connect(functions(Realtime(), body), "/ws") as client:
-        await client.send_json("~ada")
-        answer = await client.receive_json()
-        assert (answer["type"], answer["code"]) == ("error", "bad_name")
-        assert await client.closed() == CloseCode.FORBIDDEN
 
 
 async def test_a_header_of_the_hosts_refusal_is_one_line_of_latin_1() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from starlette_rt import hub as hub_module
-from starlette_rt.frames import Frame, PresenceCount, Raw
-from starlette_rt.hub import SLICE, Batch, Group, Hub, Message, Wire
+from starlette_rt.frames import Ping, PresenceCount, Raw, Reply, ServerFrame
+from starlette_rt.hub import MAX_BATCH, SLICE, Batch, Except, Group, Hub, Message, Only, Wire
 from starlette_rt.metrics import Counters
 from starlette_rt.protocols.plain import Plain
+from starlette_rt.protocols.v1 import V1S
 from starlette_rt.seams import ASGI
 
 pytestmark = pytest.mark.unit
@@ -43,7 +45,7 @@ class Spelling(Plain):
         super().__init__(encoding)  # type: ignore[arg-type]
         self.spelled = 0
 
-    def encode(self, frame: Frame) -> str | bytes | None:
+    def encode(self, frame: ServerFrame) -> str | bytes | None:
         self.spelled += 1
         return super().encode(frame)
 
@@ -84,7 +86,7 @@ class World:
             self.hub.join(peer, group)
         return peer
 
-    def broadcast(self, group: str, text: str, exclude: str | None = None) -> None:
+    def broadcast(self, group: str, text: str, exclude: Except = None) -> None:
         self.hub.deliver(group, Message(Raw(text), len(text)), exclude)
 
     def push(self, peer: Recorder, text: str) -> None:
@@ -130,6 +132,19 @@ def test_the_excluded_session_alone_does_not_hear_it(world: World) -> None:
     world.turns.end()
     assert sender.heard == ["3"]
     assert other.heard == ["1", "2", "3"]
+
+
+def test_one_session_alone_may_hear_it_in_its_place_among_the_rest(world: World) -> None:
+    left_out, other = world.peer("a", session="x"), world.peer("a", session="y")
+    world.broadcast("a", "1", exclude="x")
+    world.broadcast("a", "2", exclude=Only("x"))
+    world.broadcast("a", "3", exclude=Only("x"))
+    world.broadcast("a", "4")
+    world.turns.end()
+    world.broadcast("a", "5", exclude=Only("x"))
+    world.turns.end()
+    assert left_out.heard == ["2", "3", "4", "5"]
+    assert other.heard == ["1", "4"]
 
 
 def test_a_group_that_nobody_is_in_costs_no_turn(world: World) -> None:
@@ -275,6 +290,15 @@ def test_joining_twice_is_joining_once(world: World) -> None:
     assert peer.heard == ["1"]
 
 
+def test_it_knows_who_is_in_a_group(world: World) -> None:
+    peer, other = world.peer("a"), world.peer()
+    assert world.hub.has(peer, "a")
+    assert not world.hub.has(other, "a")
+    assert not world.hub.has(peer, "nowhere")
+    world.hub.leave(peer, "a")
+    assert not world.hub.has(peer, "a")
+
+
 def test_leaving_what_one_is_not_in_is_false(world: World) -> None:
     peer, _ = world.peer(), world.peer("a")
     assert not world.hub.leave(peer, "a")
@@ -412,3 +436,40 @@ def test_settling_a_peer_between_two_slices_writes_what_it_has_not_got(world: Wo
     world.turns.end()
     world.hub.settle_peer(peers[-1])
     assert peers[-1].heard == ["1"]
+
+
+# What leaves together
+
+
+def entries(wire: Wire, count: int) -> list[Any]:
+    return [message.entry(wire) for message in (Message(Reply(ref, None)) for ref in range(count))]
+
+
+@pytest.mark.parametrize("name", V1S)
+@pytest.mark.parametrize("count", [1, 2, MAX_BATCH, MAX_BATCH + 1, 2 * MAX_BATCH])
+def test_what_leaves_together_is_one_message_of_a_protocol_with_batches_within_reason(name: str, count: int) -> None:
+    protocol = V1S[name]
+    wire = Wire(protocol, ASGI)
+    messages = wire.join(entries(wire, count))
+    assert len(messages) == -(-count // MAX_BATCH)
+    assert {message["type"] for message in messages} == {"websocket.send"}
+    kind = "text" if name == "rt.v1.json" else "bytes"
+    heard = [frame for message in messages for frame in protocol.decode_server(message[kind])]
+    assert [frame.ref for frame in heard] == list(range(count))  # type: ignore[union-attr]
+
+
+def test_what_leaves_together_stays_apart_where_the_protocol_has_no_batches() -> None:
+    wire = Wire(Plain("json"), ASGI)
+    assert wire.v1 is None
+    spelled = [Message(PresenceCount("g", count)).entry(wire) for count in range(3)]
+    assert len(wire.join([entry for entry in spelled if entry is not None])) == 3
+    assert Message(Ping()).entry(wire) is None
+
+
+def test_a_message_hands_its_terms_to_every_entry() -> None:
+    message = Message(Raw("x"), 1, ephemeral=True, key="cursor", until=5.0)
+    for wire in (Wire(Plain("json"), ASGI), Wire(V1S["rt.v1.json"], ASGI)):
+        entry = message.entry(wire)
+        assert entry is not None
+        assert (entry.ephemeral, entry.key, entry.until) == (True, "cursor", 5.0)
+        assert message.entry(wire) is entry

@@ -56,7 +56,9 @@ async def refused(ledger: MemoryLedger, run: Run, rerun: bool = False) -> str:
 # By itself
 
 
-@pytest.mark.parametrize("result", [None, 1, "two", {"a": [1.5, None, True]}, b"raw", 2**64 - 1, -(2**63), ""], ids=repr)
+@pytest.mark.parametrize(
+    "result", [None, 1, "two", {"a": [1.5, None, True]}, b"raw", 2**64 - 1, -(2**63), ""], ids=repr
+)
 async def test_what_was_returned_first_is_returned_again(result: Any) -> None:
     ledger, run = MemoryLedger(), Counted(result, "never")
     for _ in range(3):
@@ -198,7 +200,7 @@ async def test_what_is_published_is_named_after_the_event_in_its_order() -> None
         await once(ledger, key, publish, rerun=False)
         assert ORIGIN.get() is None, "and nothing afterwards"
     assert len({*names[0], *names[1]}) == 6
-    assert names[0] == [Origin("a").name()] + names[0][1:]
+    assert names[0] == [Origin("a").name(), *names[0][1:]]
     assert all(len(name) <= 64 and name.isprintable() for name in names[0])
     assert Origin("\ud800").name(), "whatever the client has called it"
 
@@ -248,7 +250,7 @@ async def test_an_id_is_a_persons_on_every_connection_in_every_spelling() -> Non
 
 
 async def test_a_guest_is_known_by_its_session() -> None:
-    made, got = counting()
+    made, _ = counting()
     async with Stage(made) as stage:
         for session, count in ((SESSION, 1), (SESSION, 1), (OTHER, 2), (None, 3), (None, 4)):
             async with stage.talk(session=session) as client:
@@ -265,7 +267,7 @@ async def test_nobody_gets_the_answers_of_a_person_by_taking_its_name_for_a_sess
 
 
 async def test_what_stands_against_an_event_before_its_handler_is_not_remembered() -> None:
-    made, got = counting()
+    made, _ = counting()
     async with Stage(made) as stage, stage.talk() as client:
         assert await client.refused("event", event="count", id="one", group="board") == "not_joined"
         await client.get("join", group="board")

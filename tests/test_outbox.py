@@ -202,3 +202,36 @@ def test_an_unknown_policy_is_refused_with_the_words_that_are_known(policy: Any)
 @each_policy
 def test_every_policy_that_the_message_names_is_one(policy: Overflow) -> None:
     assert OutboxLimits(overflow=policy).overflow == policy
+
+
+@given(untils=st.lists(st.none() | st.integers(0, 20), max_size=30), now=st.integers(0, 20), most=takes)
+def test_what_is_over_is_left_out_and_counted_and_the_rest_keeps_its_order(
+    untils: list[int | None], now: int, most: int
+) -> None:
+    box = outbox(10**6, 100)
+    fill(box, *(Entry(number, 10, until=until) for number, until in enumerate(untils)))
+    taken, lapsed = [], 0
+    while box:
+        entries, over = box.take(now, most)
+        assert entries or not box, "there is something as long as anything is left"
+        taken += [entry.payload for entry in entries]
+        lapsed += over
+    alive = [number for number, until in enumerate(untils) if until is None or until > now]
+    assert (taken, lapsed) == (alive, len(untils) - len(alive))
+    assert box.size == 0
+
+
+def test_an_entry_is_over_at_its_time_and_not_before() -> None:
+    for now, kept in ((4.9, ["a"]), (5.0, []), (5.1, [])):
+        box = outbox()
+        fill(box, Entry("a", 1, ephemeral=True, key="cursor", until=5.0))
+        entries, lapsed = box.take(now)
+        assert ([entry.payload for entry in entries], lapsed) == (kept, 1 - len(kept))
+        assert fill(box, Entry("b", 1, ephemeral=True, key="cursor")) == [0], "its key is free"
+
+
+def test_what_is_over_still_takes_room_until_somebody_looks() -> None:
+    box = outbox(messages=2)
+    fill(box, Entry("a", 1, ephemeral=True, until=1.0), *said("b"))
+    assert box.push(said("c", ephemeral=True)[0]) == 1
+    assert [entry.payload for entry in box.take(2.0)[0]] == ["b"]

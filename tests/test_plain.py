@@ -15,9 +15,28 @@ from hypothesis import strategies as st
 from starlette_rt import frames
 from starlette_rt.events import Decoder
 from starlette_rt.exceptions import ConfigurationError, EventError
-from starlette_rt.frames import Error, Event, PresenceCount, PresenceDiff, PresenceState, Raw, ServerFrame
+from starlette_rt.frames import (
+    Error,
+    Event,
+    Goodbye,
+    Joined,
+    Left,
+    Ping,
+    PresenceCount,
+    PresenceDiff,
+    PresenceState,
+    Raw,
+    Recovery,
+    Reply,
+    Reset,
+    ServerFrame,
+    Skip,
+    Welcome,
+    Whispered,
+)
+from starlette_rt.history import Position
 from starlette_rt.protocols import plain
-from starlette_rt.protocols.plain import MAX_DEPTH, PLAIN, Encoding, Plain, decode_json, too_deep
+from starlette_rt.protocols.plain import MAX_DEPTH, PLAIN, Encoding, Plain, decode_json, enveloped, too_deep
 
 pytestmark = pytest.mark.unit
 
@@ -295,6 +314,14 @@ OUR_OWN: list[tuple[ServerFrame, dict[str, Any]]] = [
     (Error("invalid", "no", False), {"type": "error", "code": "invalid", "message": "no", "temporary": False}),
     (PresenceCount("g", 3), {"type": "presence_count", "group": "g", "count": 3}),
     (
+        Whispered("g", "typing", "ada", True, 5000),
+        {"type": "whisper", "group": "g", "event": "typing", "from": "ada", "data": True, "expires_ms": 5000},
+    ),
+    (
+        Whispered("g", "typing", "ada", stop=True),
+        {"type": "whisper", "group": "g", "event": "typing", "from": "ada", "stop": True},
+    ),
+    (
         PresenceState("g", 7, {"ada": {"metas": [{"n": 1}, {"n": 2}]}}, "ada"),
         {
             "type": "presence_state",
@@ -353,3 +380,83 @@ def test_there_is_one_protocol_for_each_encoding(encoding: Encoding) -> None:
 def test_an_unknown_encoding_is_refused_with_the_known_ones(encoding: Any) -> None:
     with pytest.raises(ConfigurationError, match='write "json", "text", "bytes" or None'):
         Plain(encoding)
+
+
+PLACE = Position("e", 1, "t")
+
+
+@every_encoding
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Welcome("c", "s", "ada", 1, 1, None, 1, 32, 1),
+        Skip("g", 1, "t", True),
+        Recovery(1, PLACE, True),
+        Reply(1, "data"),
+        Joined("g", PLACE),
+        Left("g", "left", False),
+        Reset("g", PLACE),
+        Ping(),
+        Goodbye(1012, "service restart", 5),
+    ],
+    ids=lambda frame: type(frame).__name__,
+)
+def test_what_a_plain_client_would_not_know_is_not_said_to_it(frame: ServerFrame, encoding: Encoding) -> None:
+    assert PLAIN[encoding].encode(frame) is None
+
+
+# Events with a name.
+
+
+def test_an_envelope_names_an_event_and_perhaps_a_group() -> None:
+    for raw, event, data, group in (
+        ('{"event":"say","data":{"a":[1]},"group":"g","more":1}', "say", {"a": [1]}, "g"),
+        (b'{"data":null,"event":"say"}', "say", None, None),
+        ('{"event":""}', "", None, None),
+    ):
+        said = enveloped(raw)
+        assert said is not None
+        assert (said.event, JSON.data(said.data), said.group, said.ref, said.id) == (event, data, group, None, None)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "1",
+        "[]",
+        "{}",
+        '{"event":1}',
+        '{"event":"say","group":1}',
+        "{",
+        '{"event":"say"',
+        b"\xff",
+        "[" * 100_000,
+        "1" * 5000,
+    ],
+)
+def test_what_names_no_event_is_no_envelope(raw: str | bytes) -> None:
+    assert enveloped(raw) is None
+
+
+def test_the_data_of_an_envelope_is_decoded_into_its_type_within_the_bounds() -> None:
+    def data(raw: str, decoder: Any = None) -> Any:
+        said = enveloped(f'{{"event":"say","data":{raw}}}')
+        assert said is not None
+        return JSON.data(said.data, decoder)
+
+    assert data('{"text":"hi"}', Decoder(Message)) == Message("hi")
+    with pytest.raises(EventError, match=r"Expected `str`, got `int` - at `\$.text`"):
+        data('{"text":1}', Decoder(Message))
+    assert data(nested(MAX_DEPTH)) is not None
+    with pytest.raises(EventError, match="more than 64 levels"):
+        data(nested(MAX_DEPTH + 1))
+    silent = enveloped('{"event":"say"}')
+    assert silent is not None
+    with pytest.raises(EventError, match="Expected `object`, got `null`"):
+        JSON.data(silent.data, Decoder(Message))
+
+
+@given(raw=mutations | st.binary() | json_values.map(lambda value: json.dumps({"event": "say", "data": value})))
+def test_any_input_is_an_envelope_with_data_or_none(raw: str | bytes) -> None:
+    said = enveloped(raw)
+    assert said is None or tried(bytes(said.data) or b"null")

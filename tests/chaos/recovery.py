@@ -345,17 +345,18 @@ class Connection:
             tuple[str, str], int
         ] = {}  # (group, id) -> when it was said in full and live, in this membership
         self.left: Counter[str] = Counter()
-        self._line: deque[tuple[str, int, Frame]] = deque()
+        self.said = 0  # when the node said what is being heard
+        self._line: deque[tuple[str, int, int, Frame]] = deque()
 
     def say(self, group: str, frame: Frame) -> None:
         loop = self.node.world.loop
         self._last = max(self._last, loop.time() + self.client.world.rng.uniform(0.0, 0.03))
-        self._line.append((group, self.left[group], frame))
+        self._line.append((group, self.left[group], next(self.client.world.counter), frame))
         loop.call_at(self._last, self._arrive)
 
     def _arrive(self) -> None:
         """Hear the next one, unless the client has left since: it ignores the group until the leave is answered."""
-        group, left, frame = self._line.popleft()
+        group, left, self.said, frame = self._line.popleft()
         if self.alive and left == self.left[group]:
             self.client.hear(frame)
 
@@ -566,7 +567,7 @@ class Client:
         fair = before is None or before < connection.node.newcomer[publication.group]
         self._require(fair, f"was told {brief(publication)} twice by the same node")
         if live:
-            connection.had[name] = next(self.world.counter)
+            connection.had[name] = connection.said
         if not publication.once:  # of those with an id of a client's event it drops a repetition by itself
             self._require(publication.id not in stretch.had, f"was told {brief(publication)} twice")
         stretch.had.add(publication.id)
