@@ -611,54 +611,6 @@ def test_the_app_of_the_readme_with_a_history_recovers_its_group(visit: Visit, t
         assert ada.evaluate("heard") == ["one", "two", "three", "four", "five"]
 
 
-# As much of MessagePack as the chat says; what a page would take from a package.
-CODEC = """
-const codec = {
-  encode(value) {
-    const bytes = [];
-    const number = (size, value) => { for (let at = size - 1; at >= 0; at--) bytes.push(Math.floor(value / 256 ** at) & 255); };
-    const sized = (size, fixed, limit, long) => (size < limit ? bytes.push(fixed | size) : (bytes.push(long), number(2, size)));
-    const put = (value) => {
-      if (value === null || value === undefined) bytes.push(0xc0);
-      else if (typeof value === "boolean") bytes.push(value ? 0xc3 : 0xc2);
-      else if (typeof value === "number") { bytes.push(0xcf); number(8, value); }
-      else if (typeof value === "string") {
-        const text = new TextEncoder().encode(value);
-        sized(text.length, 0xa0, 32, 0xda);
-        bytes.push(...text);
-      } else if (Array.isArray(value)) { sized(value.length, 0x90, 16, 0xdc); value.forEach(put); }
-      else {
-        const entries = Object.entries(value).filter(([, value]) => value !== undefined);
-        sized(entries.length, 0x80, 16, 0xde);
-        entries.flat().forEach(put);
-      }
-    };
-    put(value);
-    return Uint8Array.from(bytes);
-  },
-  decode(bytes) {
-    let at = 0;
-    const number = (size) => { let value = 0; while (size--) value = value * 256 + bytes[at++]; return value; };
-    const text = (size) => new TextDecoder().decode(bytes.subarray(at, (at += size)));
-    const list = (size) => Array.from({ length: size }, take);
-    const map = (size) => Object.fromEntries(Array.from({ length: size }, () => [take(), take()]));
-    const take = () => {
-      const kind = bytes[at++];
-      if (kind < 0x80) return kind;
-      if (kind < 0x90) return map(kind & 15);
-      if (kind < 0xa0) return list(kind & 15);
-      if (kind < 0xc0) return text(kind & 31);
-      const rest = { 0xc0: () => null, 0xc2: () => false, 0xc3: () => true, 0xcc: () => number(1), 0xcd: () => number(2),
-        0xce: () => number(4), 0xcf: () => number(8), 0xd9: () => text(number(1)), 0xda: () => text(number(2)),
-        0xdc: () => list(number(2)), 0xde: () => map(number(2)) };
-      return rest[kind]();
-    };
-    return take();
-  },
-};
-"""
-
-
 def test_a_page_with_a_codec_speaks_messagepack_to_one_that_speaks_json(visit: Visit, chat: Server) -> None:
     ada, mona = come_in(visit(chat.http), "Ada"), visit(chat.http)
     enter(ada, "Tower")
@@ -668,11 +620,10 @@ def test_a_page_with_a_codec_speaks_messagepack_to_one_that_speaks_json(visit: V
     join = 'rt.join("tower", { last: 1 }).on("said", ({ name, text }) => heard.push(`${name}: ${text}`));'
     long = "Très bien! " * 20
     emit = f'await rt.emit("say", {{ id: "m", text: {json.dumps(long)} }}, {{ group: "tower" }});'
-    with mona.expect_websocket() as opened:
-        type_into_console(mona, [CODEC, *lines, join])
+    codec = (Path(__file__).parent / "js" / "msgpack.mjs").read_text("utf-8")
     frames: list[str | bytes] = []
-    opened.value.on("framesent", frames.append)
-    type_into_console(mona, [emit])
+    mona.on("websocket", lambda socket: socket.on("framesent", lambda frame: frames.append(frame)))
+    type_into_console(mona, [codec.replace("export ", ""), *lines, join, emit])
     expect(heard(ada, long.strip())).to_have_count(1)
     assert mona.evaluate("heard") == ["Ada: Ça va?", f"Mona: {long.strip()}"]
     assert {type(frame) for frame in frames} == {bytes}

@@ -48,8 +48,8 @@ export interface Clock {
 
 export interface Options {
   /**
-   * Who we are; none is a guest. A function is called at each connect, and before the token runs out. An error of it is a
-   * failed attempt, unless it has `fatal: true`: that closes.
+   * Who we are; none is a guest. A function is called at each connect, and before the token runs out. An error of it
+   * is a failed attempt, unless it has `fatal: true`: that closes.
    */
   token?: string | (() => string | null | undefined | Promise<string | null | undefined>);
   /** Speak MessagePack with this codec instead of JSON. */

@@ -854,11 +854,10 @@ class Realtime {
   _answered(frame) {
     const { code, message, temporary, retry_after_ms: retryAfter = null } = frame;
     const asked = this._unanswered.get(frame.ref);
-    const about = asked?.item;
+    const { event, id } = asked?.item ?? {};
     const failed = frame.type === "error";
-    const error = failed
-      ? new RealtimeError(code, message, { temporary: temporary === true, retryAfter, event: about?.event, id: about?.id })
-      : null;
+    const about = { temporary: temporary === true, retryAfter, event, id };
+    const error = failed ? new RealtimeError(code, message, about) : null;
     if (!asked) {
       if (!failed || (frame.ref !== undefined && frame.ref !== null)) return undefined;
       if (temporary || REFUSED.has(code)) this._fault();
@@ -1269,8 +1268,9 @@ class Group {
     this._forget();
     this._fail(new RealtimeError("left", `left ${this.name}`));
     if (client._groups.get(this.name) === this) client._groups.delete(this.name);
+    const frame = () => ({ type: "leave", group: this.name });
     if (!client._live) this._stay();
-    else client._requests.push({ kind: "leave", frame: () => ({ type: "leave", group: this.name }), settle: () => this._stay() });
+    else client._requests.push({ kind: "leave", frame, settle: () => this._stay() });
   }
 
   /** Whoever waits for `leave` need not wait any longer. */

@@ -551,6 +551,7 @@ test("closing ends what waits, and makes no noise about promises that nobody loo
   await settle();
   const unsent = it.rt.emit("say", 2);
   it.rt.join("g").track({});
+  it.rt.emit("nobody looks");
   it.rt.close();
   assert.equal((await outcome(sent)).code, "outcome_unknown");
   assert.equal((await outcome(unsent)).code, "closed");

@@ -127,7 +127,7 @@ test("callbacks set right after `ready` get the events that came with the join, 
 
 test("a skip moves the position and shows nothing", async () => {
   const it = await inside(5);
-  it.socket.say({ type: "event", group: "g", offset: 6, tag: "e6", skip: true }, said(7));
+  it.socket.say(said(6, { skip: true }), said(7));
   assert.deepEqual(it.shown, [7]);
   assert.deepEqual(it.group.position, place(7));
 });
@@ -247,6 +247,31 @@ test("the snapshot is told before the events that follow it", async () => {
   it.socket.say(joined(it.socket.frames()[0], 6, { recovered: false, snapshot: "snapshot", events: [said(6)] }));
   await settle();
   assert.deepEqual(order, ["snapshot", 6]);
+});
+
+test("the position is that of what was shown: not ahead of events that came with a reply", async () => {
+  const it = await inside(5);
+  const places = [];
+  it.group.onRecover(() => places.push(it.group.position.offset));
+  it.group.on("said", () => places.push(it.group.position.offset));
+  await comeBack(it);
+  it.socket.say(joined(it.socket.frames()[0], 8, { events: [said(6), said(7)] }));
+  await settle();
+  assert.deepEqual([...places, it.group.position.offset], [5, 6, 7, 8]);
+});
+
+test("a line that drops right after a reply loses nothing of it", async () => {
+  const it = await inside(5);
+  await comeBack(it);
+  it.socket.say(joined(it.socket.frames()[0], 6, { events: [said(6)] }), said(7));
+  it.socket.drop();
+  await it.clock.pass(20_000);
+  await welcome(it);
+  const [frame] = it.socket.frames();
+  assert.deepEqual([it.shown, frame.position], [[], place(5)]);
+  it.socket.say(joined(frame, 7, { events: [said(6), said(7)] }));
+  await settle();
+  assert.deepEqual(it.shown, [[6], [7]]);
 });
 
 test("a group without history is not recovered after a reconnect, and was complete when it was joined first", async () => {

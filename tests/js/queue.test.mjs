@@ -219,6 +219,30 @@ test("errors that do not say how long to wait are waited for with jitter that gr
   assert.deepEqual(at.slice(1).map((time, i) => time - at[i]), [250, 500, 1000]);
 });
 
+test("a batch of which all is skipped is not sent again at once", async () => {
+  const it = await open();
+  emits(it, 1, 2);
+  await settle();
+  it.socket.say(it.socket.frames().map((frame) => error(frame, "skipped")));
+  await it.clock.pass(249);
+  assert.deepEqual(it.socket.frames(), []);
+  await it.clock.pass(1);
+  assert.deepEqual(data(it.socket.frames()), [1]);
+});
+
+test("a client that must be careful goes on when its refusals are forgiven, also while something else is slow", async () => {
+  const it = await open({ welcome: { window: 100 } });
+  it.rt.group("g").track({}).catch(() => {});
+  emits(it, ...Array.from({ length: 40 }, (_, n) => n));
+  await settle();
+  const frames = it.socket.frames().filter(({ type }) => type === "event");
+  it.socket.say(frames.map((frame) => error(frame, "not_joined")));
+  await it.clock.pass(9000);
+  const before = it.socket.frames().length;
+  await it.clock.pass(2000);
+  assert.ok(it.socket.frames().length > 0, `${before} before`);
+});
+
 test("the refusals that a client risks stay below what a server bears", async () => {
   const it = await open({ welcome: { window: 200 } });
   emits(it, ...Array.from({ length: 200 }, (_, n) => n));
