@@ -309,6 +309,28 @@ async def cancelled(app: Any) -> None:
             tasks.cancel_scope.cancel()
 
 
+async def test_divergence_02_an_on_connect_that_does_not_end_is_cancelled_when_the_client_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("starlette_rt.connection.PATIENCE", 0.01)
+    ended: list[Any] = []
+
+    class Endpoint(RealtimeEndpoint):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended.append("cancelled")
+
+        async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
+            ended.append(close_code)
+
+    async with connect(live(Endpoint), "/ws"):
+        pass
+    assert ended == ["cancelled", 1000]
+
+
 async def test_divergence_03_on_disconnect_does_not_run_for_a_refused_handshake() -> None:
     class Endpoint(RealtimeEndpoint):
         async def on_connect(self, websocket: WebSocket) -> None:

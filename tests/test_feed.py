@@ -14,11 +14,12 @@ from anyio.lowlevel import checkpoint
 from starlette_rt import feed as feed_module
 from starlette_rt.backends.memory import MemoryPresence
 from starlette_rt.feed import COUNT_PERIOD, DIFF_PERIOD, PAGE, Feed
-from starlette_rt.frames import Raw
+from starlette_rt.frames import PresenceDiff, PresenceState, Raw
 from starlette_rt.hub import Batch, Group, Hub, Message, Wire
 from starlette_rt.loop import Handle, tasks
 from starlette_rt.metrics import Metrics
 from starlette_rt.protocols.plain import PLAIN
+from starlette_rt.protocols.v1 import V1, V1S
 from starlette_rt.seams import ASGI
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -35,7 +36,8 @@ class Watcher:
 
     def offer(self, batch: Batch, /) -> None:
         self.payloads += [entry.payload for entry in batch.entries]
-        self.heard += [msgspec.json.decode(entry.payload["text"]) for entry in batch.entries]
+        if self.wire.v1 is None:
+            self.heard += [msgspec.json.decode(entry.payload["text"]) for entry in batch.entries]
 
     def take(self) -> list[Any]:
         heard, self.heard = self.heard, []
@@ -408,3 +410,22 @@ async def test_counters_and_watchers_of_a_large_group_hear_the_same_count(alive:
         await world.settle()
         await anyio.lowlevel.checkpoint()
         assert watcher.take()[-1] == counter.take()[-1] == {"type": "presence_count", "group": "a", "count": PAGE + 1}
+
+
+@pytest.mark.parametrize("protocol", V1S.values(), ids=V1S)
+async def test_a_watcher_of_the_protocol_is_told_the_same_in_its_spelling(alive: Living, protocol: V1) -> None:
+    async with alive() as world:
+        plain, other = await world.watch(), Watcher(Wire(protocol, ASGI))
+        await world.feed.watch(other, "a", "members")
+        await world.track("ann", meta={"n": 1})
+        await world.settle()
+        await world.later(DIFF_PERIOD)
+        await world.untrack("ann")
+        await world.settle()
+        frames = [frame for payload in other.payloads for frame in protocol.decode_server(payload)]
+        assert frames == [
+            PresenceState("a", 0, {}, None),
+            PresenceDiff("a", 1, {"ann": {"metas": [{"n": 1, "ref": "1"}]}}, {}),
+            PresenceDiff("a", 2, {}, {"ann": {"metas": [{"n": 1, "ref": "1"}], "reason": "left"}}),
+        ]
+        assert [msgspec.to_builtins(frame) for frame in frames] == plain.take()

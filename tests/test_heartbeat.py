@@ -410,8 +410,8 @@ async def test_one_who_has_left_and_whose_handler_still_works_is_not_given_up(st
 
     async with Stage(board(wait)) as stage, stage.talk() as client:
         clock = Clock(stage)
-        await clock.move(27)
         await client.say(emit("wait", 1))
+        await clock.move(27)
         await client.client.close()
         await clock.move(21)
         assert len(stage.rt.connections) == 1

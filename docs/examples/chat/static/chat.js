@@ -107,18 +107,15 @@ function notice(where) {
     where.timer = setTimeout(notice, wait, where);
     return;
   }
-  const here = count > presence.size ? null : new Map([...presence.keys()].map((key) => [key, nameOf(where, key)]));
+  const others = [...presence.keys()].filter((key) => key !== me?.key);
+  const here = count > presence.size ? null : new Map(others.map((key) => [key, nameOf(where, key)]));
+  const note = (text) => where.said.push({ note: text, at: Date.now() });
   if (here && where.here) {
-    for (const [key, name] of here) if (!where.here.has(key)) note(where, key, `${name} joined`);
-    for (const [key, name] of where.here) if (!here.has(key)) note(where, key, `${name} left`);
+    for (const [key, name] of here) if (!where.here.has(key)) note(`${name} joined`);
+    for (const [key, name] of where.here) if (!here.has(key)) note(`${name} left`);
+    change(where);
   }
   where.here = here;
-}
-
-function note(where, key, text) {
-  if (key === me?.key) return;
-  where.said.push({ note: text, at: Date.now() });
-  change(where);
 }
 
 function onState(state, { reason, retryIn }) {
@@ -197,8 +194,8 @@ function leave(where) {
 
 function show(name) {
   const before = groups.get(active);
-  if (before) before.draft = $("text").value;
   before?.typing.stop();
+  if (before) before.draft = $("text").value;
   active = name;
   $("text").value = groups.get(name).draft;
   $("text").placeholder = `Write to ${display(name)}`;
@@ -412,9 +409,7 @@ function hint(text = "", kind = "") {
 $("login").onsubmit = (event) => {
   event.preventDefault();
   const name = $("name").value.trim().replace(/\s+/g, " ");
-  $("login-error").textContent = "";
-  if (!name) return;
-  login(name);
+  if (name) login(name);
   $("text").focus();
 };
 $("say").onsubmit = submit;
@@ -450,6 +445,5 @@ addEventListener("keydown", (event) => {
   $("text").focus();
 });
 
-const name = sessionStorage.getItem("name");
-if (name) login(name);
+if (sessionStorage.getItem("name")) login(sessionStorage.getItem("name"));
 else logout();
