@@ -20,6 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from .admission import Refusal
 from .connection import CONNECTING, Connection
+from .dialogue import check_joined
 from .events import DeclaredWhisper, Handler
 from .exceptions import CloseCode, EventError
 from .gate import (
@@ -94,8 +95,10 @@ class Pull:
 
     def _enveloped(self, data: dict[str, Any]) -> Received:
         group = data.get("group")
-        if group is not None and not self._host.hub.has(self._connection, group):
-            raise EventError("not_joined", "join the group first")
+        if not isinstance(group, str | None):
+            raise EventError("invalid", "Expected `str | null` - at `$.group`")
+        if group is not None:
+            check_joined(group, self._connection, self._host.hub)
         return Received(data["event"], data.get("data"), group)
 
     async def _hand(self, said: Received) -> None:
@@ -222,6 +225,7 @@ class Acceptance:
         self._scope.__enter__()
         script = Pull(self._host, websocket, outcome, self._scope, self._authorize)
         outcome.messages = script
+        outcome.converse(script)  # the body may ask its client something at once
         self._host.tasks.spawn(self._serve, receive, script)
         return outcome
 

@@ -491,8 +491,8 @@ class Connection:
         ``disconnect``. Cancelling the caller ends the connection; the ending itself is not cancelled.
         """
         self._script = script
-        if self.wire.v1 is not None:
-            self._dialogue = Dialogue(self, self._node, script)
+        if self._dialogue is None:
+            self.converse(script)
         self._context = copy_context()
         self._start_work()
         try:
@@ -509,6 +509,11 @@ class Connection:
             finished = anyio.Event()
             self._node.tasks.spawn(self._finish, finished, context=self._context)
         await finished.wait()
+
+    def converse(self, script: Script) -> None:
+        """Begin to hear requests, where the protocol has them."""
+        if self.wire.v1 is not None:
+            self._dialogue = Dialogue(self, self._node, script)
 
     def _left(self, message: AsgiMessage) -> None:
         if self.close_code is None:

@@ -9,6 +9,7 @@ script's to say, what is done is the node's.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from .backends.base import Ledger
 from .events import DeclaredWhisper, Handler
-from .exceptions import CloseCode, EventError, ProtocolError
+from .exceptions import CloseCode, EventError, ProtocolError, Unavailable
 from .feed import Watch
 from .frames import (
     ClientFrame,
@@ -77,6 +78,7 @@ class Client(Peer, Protocol):
     def room(self) -> int: ...
     def say(self, frame: Any, size: int = 0, /) -> None: ...
     def refuse(self, error: EventError, ref: int | None = None, /) -> None: ...
+    def fail(self, error: BaseException, /) -> None: ...
     def expel(self, code: CloseCode, /) -> None: ...
     def must_wait(self, size: int, meter: Meter | None = None, /) -> float: ...
     def enqueue(self, message: Any, /) -> None: ...
@@ -130,12 +132,16 @@ class Script(Protocol):
 
 
 class Volley:
-    """The frames of one message; stopped by the first temporary error."""
+    """The frames of one message, which the first temporary error stops.
 
-    __slots__ = ("stopped",)
+    ``full`` is for one that is met as they arrive, and concerns those after it; ``stopped`` for one that is met as
+    they are handled, and concerns those that still wait.
+    """
+
+    __slots__ = ("full", "stopped")
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.full = self.stopped = False
 
 
 class Request(NamedTuple):
@@ -173,12 +179,15 @@ class Dialogue:
         "_murmurs",
         "_node",
         "_numbers",
+        "_over",
         "_overrun",
         "_protocol",
         "_refreshing",
+        "_renewals",
         "_script",
         "_serving",
         "_slots",
+        "_unpaid",
         "asked",
     )
 
@@ -188,9 +197,8 @@ class Dialogue:
         self._client, self._script, self._protocol = client, script, protocol
         self._node: Node = node
         self.asked: tuple[str, ...] = ()  # the groups that the client joined itself: these are authorised again
-        self._numbers = 0
-        self._overrun = 0
-        self._refreshing = self._serving = False
+        self._numbers = self._overrun = self._renewals = self._unpaid = 0
+        self._refreshing = self._serving = self._over = False
         self._calls: dict[int, Call] | None = None
         self._slots: dict[str, anyio.Semaphore] | None = None
         self._murmurs: dict[tuple[str, str], DeclaredWhisper] | None = None
@@ -204,29 +212,32 @@ class Dialogue:
         except ProtocolError as error:
             return self._client.refuse(error, error.ref)
         batch = Volley() if len(frames) > 1 else None
+        self._unpaid = size
         for frame in frames:
-            ARRIVALS[type(frame)](self, frame, batch, size)
+            ARRIVALS[type(frame)](self, frame, batch)
             if not self._client.is_open:
                 return
-            size = 0  # the bytes of a message are paid once
 
-    def _queue(self, frame: ClientFrame, batch: Volley | None, size: int) -> None:
+    def _queue(self, frame: ClientFrame, batch: Volley | None) -> None:
         client = self._client
-        if batch is not None and batch.stopped:
+        if batch is not None and (batch.full or batch.stopped):
             return self._skip(frame)
+        size, self._unpaid = self._unpaid, 0  # the bytes of a message are paid once
         if wait := client.must_wait(size):
-            if batch is not None:
-                batch.stopped = True
+            self._fill(batch)
             return client.refuse(EventError("rate_limited", "too many messages", retry_after=wait), ref_of(frame))
         if self._unanswered >= WINDOW:
             return self._too_many(frame, batch)
         self._overrun = 0
         client.enqueue(Request(frame, batch))
 
+    def _fill(self, batch: Volley | None) -> None:
+        if batch is not None:
+            batch.full = True
+
     def _too_many(self, frame: ClientFrame, batch: Volley | None) -> None:
         """Answer what is beyond the window; twice the window is too much."""
-        if batch is not None:
-            batch.stopped = True
+        self._fill(batch)
         self._overrun += 1
         if self._overrun > WINDOW:
             return self._client.expel(CloseCode.OVERLOADED)
@@ -237,38 +248,43 @@ class Dialogue:
         if (ref := ref_of(frame)) is not None:
             self._client.say(Error("skipped", "a frame before it in its batch met a temporary error", True, None, ref))
 
-    def _refuse(self, frame: Malformed, batch: Volley | None, size: int) -> None:
+    def _refuse(self, frame: Malformed, batch: Volley | None) -> None:
         self._client.refuse(frame.error, frame.ref)
 
-    def _hear(self, frame: Pong, batch: Volley | None, size: int) -> None:
+    def _hear(self, frame: Pong, batch: Volley | None) -> None:
         """A pong has done its work by arriving."""
 
-    def _murmured(self, frame: Murmur, batch: Volley | None, size: int) -> None:
+    def _murmured(self, frame: Murmur, batch: Volley | None) -> None:
         """Drop what comes too fast; whispers are no part of the other limits."""
+        if batch is not None and (batch.full or batch.stopped):
+            return self._skip(frame)
         if (declared := self._script.whisper(frame.event)) is None:
             error = EventError("unknown_whisper", f"no whisper {frame.event!r} is declared here")
             return self._client.refuse(error, frame.ref)
-        if wait := self._client.must_wait(size, declared.meter):
+        if wait := self._client.must_wait(len(frame.data), declared.meter):
             if frame.ref is not None:
                 self._client.refuse(EventError("rate_limited", "too many whispers", retry_after=wait), frame.ref)
-            return
-        if self._unanswered < WINDOW:
-            self._client.enqueue(Request(frame, None))
+        elif self._unanswered < WINDOW:
+            self._client.enqueue(Request(frame, batch))
+        elif frame.ref is not None:
+            self._too_many(frame, batch)
 
-    def _left(self, frame: Leave, batch: Volley | None, size: int) -> None:
-        """Queue it behind what was asked before, perhaps the join; within reason it is never refused."""
-        if self._unanswered < 2 * WINDOW:
-            self._client.enqueue(Request(frame, None))
+    def _left(self, frame: Leave, batch: Volley | None) -> None:
+        """Queue it behind what was asked before, perhaps the join; it costs nothing and has twice the window."""
+        if batch is not None and (batch.full or batch.stopped):
+            self._skip(frame)
+        elif self._unanswered < 2 * WINDOW:
+            self._client.enqueue(Request(frame, batch))
         else:
             self._too_many(frame, batch)
 
-    def _refreshed(self, frame: Refresh, batch: Volley | None, size: int) -> None:
+    def _refreshed(self, frame: Refresh, batch: Volley | None) -> None:
         if self._refreshing:
             return self._client.refuse(EventError("busy", "a refresh is under way", retry_after=BUSY), frame.ref)
         self._refreshing = True
         self._client.start_soon(partial(self._client.guard, self._refresh, frame, ref=frame.ref))
 
-    def _answered(self, frame: Reply | Error, batch: Volley | None, size: int) -> None:
+    def _answered(self, frame: Reply | Error, batch: Volley | None) -> None:
         """Hand an answer to whoever waits for it; one that comes too late is nobody's."""
         call = None if self._calls is None or frame.ref is None else self._calls.pop(frame.ref, None)
         if call is not None:
@@ -293,28 +309,37 @@ class Dialogue:
         return self._client.backlog + self._serving
 
     async def _join(self, frame: Join, batch: Volley | None) -> None:
-        client, group = self._client, frame.group
-        if not self._node.hub.has(client, group):
-            await self._admit(check_group(group))
+        client, group = self._client, check_group(frame.group)
+        member = self._node.hub.has(client, group)
         try:
-            found = await self._recover(frame)
+            found = await self._let_in(frame, member)
         except BaseException:
             self._node.unfollow(group)
             raise
         self._node.enter(client, group)  # nothing has been awaited since the look into the history
+        if not member:
+            self.asked = (*self.asked, group)
         if frame.ref is not None:
             self._say(frame.ref, found)
         if frame.presence is not None:
             await self._node.watch(client, group, frame.presence)
 
+    async def _let_in(self, frame: Join, member: bool) -> Recovered:
+        """Return what a client missed that may join; the right to it is that of its present token."""
+        while True:
+            renewals = self._renewals
+            if not member:
+                await self._admit(frame.group)
+            found = await self._recover(frame)
+            if member or renewals == self._renewals:
+                return found
+
     async def _admit(self, group: str) -> None:
-        """Let the client in if the host does, and if it is not in too many groups already."""
+        """Raise `EventError` unless the host lets the client in, and it is not in too many groups already."""
         if len(self.asked) >= GROUPS:
             raise EventError("too_many_groups", f"at most {GROUPS} groups at a time; leave one first")
         if not await self._script.authorize(group):
             raise EventError("forbidden", f"you may not join {group}")
-        if group not in self.asked:
-            self.asked = (*self.asked, group)
 
     async def _recover(self, frame: Join) -> Recovered:
         """Return what the client missed. Nothing is awaited between the look into the history and the return."""
@@ -322,7 +347,7 @@ class Dialogue:
         if stream is None:
             return Recovered(None, asked is None, [])
         if asked is None:
-            return Recovered(stream.position, True, self._own(stream.last(frame.last)) if frame.last else [])
+            return Recovered(stream.position, True, self._newest(stream.last(frame.last)) if frame.last else [])
         if asked.epoch == stream.position.epoch and asked.offset > stream.position.offset:
             await stream.passed(asked.offset, ABREAST)  # the client comes from a node that is ahead of this one
             stream = await self._node.follow(frame.group) or stream
@@ -330,6 +355,15 @@ class Dialogue:
         if events is not None and self._bytes(events) <= self._client.room // 2:
             return Recovered(stream.position, True, events)
         return await self._anew(stream, frame.group)
+
+    def _newest(self, kept: list[tuple[Publication, Message]]) -> list[Message]:
+        """Return the newest of ``kept``, no more than fit into half an outbox."""
+        room, events = self._client.room // 2, self._own(kept)
+        for place in range(len(events) - 1, -1, -1):
+            room -= self._bytes(events[place : place + 1])
+            if room < 0:
+                return events[place + 1 :]
+        return events
 
     async def _anew(self, stream: Stream[Message], group: str) -> Recovered:
         """Return the host's own content of the group, and what was said while it was fetched."""
@@ -455,12 +489,23 @@ class Dialogue:
             if user.identity != self._client.user.identity:
                 raise EventError("forbidden", "the token is of another identity")
             ttl = self._node.renew(self._client, user)
+            self._renewals += 1
             for group in self.asked:
-                if not await self._script.authorize(group):
+                if not await self._may_stay(group):
                     await self._expelled(group)
         finally:
             self._refreshing = False
         self._reply(frame.ref, {"ttl_ms": ttl})
+
+    async def _may_stay(self, group: str) -> bool:
+        """Whether the client may still be in ``group``; where the host cannot say, it may not."""
+        try:
+            return await self._script.authorize(group)
+        except EventError:
+            return False
+        except Exception as error:
+            self._client.fail(error)
+            return False
 
     async def _expelled(self, group: str) -> None:
         """Take the client out of a group in which it may not be any longer."""
@@ -471,12 +516,14 @@ class Dialogue:
 
     async def call(self, event: str, data: Any, timeout: float) -> Any:
         """Say an event that the client is to answer; see `Connection.call`."""
+        frame = event_frame(event, data)
+        if self._over:
+            return self._outcome(None)
         self._numbers += 1
         number, call = self._numbers, Call()
         if self._calls is None:
             self._calls = {}
         self._calls[number] = call
-        frame = event_frame(event, data)
         self._client.say(Event(frame.event, frame.data, frame.json, ref=number), len(frame.json))
         try:
             with anyio.fail_after(timeout):
@@ -506,6 +553,7 @@ class Dialogue:
 
     def ended(self) -> None:
         """The connection is over: nobody answers any more."""
+        self._over = True
         for call in tuple((self._calls or {}).values()):
             call.arrived.set()
 
@@ -515,7 +563,8 @@ class Dialogue:
             if group is None or key[0] == group:
                 assert self._murmurs is not None
                 del self._murmurs[key]
-                await self._node.whisper(self._client, key[0], declared, msgspec.UNSET)
+                with suppress(Unavailable):  # the others have its time to go by
+                    await self._node.whisper(self._client, key[0], declared, msgspec.UNSET)
 
     def _reply(self, ref: int | None, data: Any = None) -> None:
         if ref is not None:
@@ -533,17 +582,17 @@ def accepted_data(frame: Emit, handler: Handler, client: Client, hub: Hub, proto
     """Return the data of an event for its handler, once all that stands against it has been looked at."""
     if frame.group is not None:
         check_joined(frame.group, client, hub)
-    check_terms(handler, frame, client)
+    check_terms(handler, frame.group, len(frame.data), client)
     return protocol.data(frame.data, handler.decoder) if handler.takes_data else None
 
 
-def check_terms(handler: Handler, frame: Emit, client: Client) -> None:
+def check_terms(handler: Handler, group: str | None, size: int, client: Client) -> None:
     """Raise `EventError` for who may not, comes too often, or names no group where one is needed."""
-    if handler.needs_group and frame.group is None:
+    if handler.needs_group and group is None:
         raise EventError("invalid", f"{handler.name!r} is said to a group: give it one")
     if missing := set(handler.scopes).difference(client.user.scopes) if handler.scopes else None:
         raise EventError("forbidden", f"this needs the scope {min(missing)}")
-    if handler.meter is not None and (wait := client.must_wait(len(bytes(frame.data)), handler.meter)):
+    if handler.meter is not None and (wait := client.must_wait(size, handler.meter)):
         raise EventError("rate_limited", f"too many {handler.name}", retry_after=wait)
 
 
@@ -559,7 +608,7 @@ def ref_of(frame: Any) -> int | None:
     return ref
 
 
-ARRIVALS: dict[type, Callable[[Dialogue, Any, Volley | None, int], None]] = {
+ARRIVALS: dict[type, Callable[[Dialogue, Any, Volley | None], None]] = {
     **dict.fromkeys((Join, Emit, Track, Update, Untrack, Page), Dialogue._queue),
     Malformed: Dialogue._refuse,
     Pong: Dialogue._hear,

@@ -39,7 +39,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from .admission import Refusal, parse_origins
 from .backends.base import Published
 from .connection import Connection
-from .dialogue import accepted_data, check_joined
+from .dialogue import accepted_data, check_joined, check_terms
 from .events import (
     DeclaredWhisper,
     Handler,
@@ -51,7 +51,7 @@ from .events import (
 )
 from .exceptions import CloseCode, ConfigurationError, EventError
 from .feed import Watch
-from .frames import MAX_MESSAGE, Emit, plain_data
+from .frames import MAX_MESSAGE, Emit, plain_data, size_of
 from .gate import (
     FAILED,
     NOT_ACCEPTED,
@@ -308,8 +308,12 @@ class Hooks:
         elif said is not None and said.event in endpoint._whispers:
             await self._whispered(said, endpoint._whispers[said.event], protocol)
         else:
-            handler = endpoint._handlers.get("message", endpoint._message)
-            await self.run(handler, protocol.decode(raw, handler.decoder), None)
+            await self._bare(raw, endpoint._handlers.get("message", endpoint._message), protocol)
+
+    async def _bare(self, raw: str | bytes, handler: Handler, protocol: Plain) -> None:
+        """Run the handler of ``message`` for what came without an envelope."""
+        check_terms(handler, None, size_of(raw), self._connection)
+        await self.run(handler, protocol.decode(raw, handler.decoder), None)
 
     async def _said(self, said: Emit, handler: Handler, protocol: Plain) -> None:
         """Run a typed handler for a plain client, which gets no acknowledgement."""
@@ -320,7 +324,7 @@ class Hooks:
     async def _whispered(self, said: Emit, declared: DeclaredWhisper, protocol: Plain) -> None:
         """Relay what a plain client whispers; what comes too fast is dropped."""
         connection, hub = self._connection, self._realtime.hub
-        if connection.must_wait(len(bytes(said.data)), declared.meter):
+        if connection.must_wait(len(said.data), declared.meter):
             return
         group = check_joined(said.group or "", connection, hub)
         data = plain_data(protocol.data(said.data, declared.decoder))

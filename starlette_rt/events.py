@@ -187,11 +187,17 @@ def handler_of(function: Callable[..., Any], options: EventOptions, cls: type) -
     name = full_name(function)
     if not inspect.iscoroutinefunction(function):
         raise ConfigurationError(f"{name} is not async; write `async def {function.__name__}(…)`")
-    _, *parameters = inspect.signature(function).parameters.values()
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())[1:]
     group = next((each for each in parameters if each.name == "group"), None)
     others = [each for each in parameters if each is not group]
-    if required := [each for each in others[1:] if each.default is inspect.Parameter.empty]:
+    if required := [each for each in others[1:] if each.default is each.empty and each.kind is not each.VAR_KEYWORD]:
         raise ConfigurationError(f"{name} is called with data and group; nobody gives it `{required[0].name}`")
+    try:
+        signature.bind("self", *["data"][: len(others)], **({} if group is None else {"group": "group"}))
+    except TypeError as error:
+        words = f"{name} is called as `{function.__name__}(self, data, group=…)`, with what of these it has"
+        raise ConfigurationError(f"{words}: {error}") from error
     annotation = resolved(others[0], function, name) if others else Any
     return Handler(
         options.name,

@@ -51,6 +51,8 @@ class Heartbeats:
     def add(self, peer: Patient, now: float) -> None:
         """Begin to look after ``peer``; where many came at once, their pings are spread over half an interval."""
         peer.active_at = now
+        if self._turned is None:
+            self._turned = int(now * TICKS)
         if peer.answers_pings:
             self._put(peer, now + self.interval * (0.5 + random() / 2), now)
         elif self.idle is not None:

@@ -149,4 +149,3 @@ def too_deep(value: Any) -> bool:
 def containers(values: Iterable[Any]) -> list[Any]:
     """Return those of ``values`` that hold values themselves."""
     return [value for value in values if type(value) in (dict, list)]
-
