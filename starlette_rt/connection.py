@@ -29,10 +29,12 @@ from .faults import FaultLog
 from .feed import Watch
 from .frames import Goodbye, Joined, Ping, Raw, Welcome, error_frame, size_of
 from .frames import event as event_frame
+from .heartbeat import Heartbeats
 from .hub import Batch, Group, Hub, Message, Wire
 from .limits import Buckets, Meter, RateLimit, quote
 from .loop import Handle, Tasks, escapes, within
 from .metrics import Metrics
+from .once import ORIGIN
 from .outbox import OVERFLOW, Outbox, OutboxLimits
 from .seams import Seam
 
@@ -63,6 +65,7 @@ class Node(Protocol):
     buckets: Buckets
     outbox: OutboxLimits
     watched: dict[Connection, None]
+    heartbeats: Heartbeats
     idle_timeout: float | None
 
     def forget(self, connection: Connection, /) -> None: ...
@@ -323,15 +326,17 @@ class Connection:
             return
         if self._tasks is None:
             self._tasks = set()
-        self._spawn(self._tasks, partial(self.guard, function, *args))
+        context = copy_context()
+        context.run(ORIGIN.set, None)  # what it says later is not what a repetition of this event would say
+        self._spawn(self._tasks, partial(self.guard, function, *args), context)
 
     def beside(self, function: Handler, *args: Any) -> None:
         """Run a handler beside the others; at the end it has the time that they have."""
         if self._beside is None:
             self._beside = set()
-        self._spawn(self._beside, partial(function, *args))
+        self._spawn(self._beside, partial(function, *args), copy_context())
 
-    def _spawn(self, tasks: set[Handle], function: Callable[[], Awaitable[object]]) -> None:
+    def _spawn(self, tasks: set[Handle], function: Callable[[], Awaitable[object]], context: Context) -> None:
         async def run() -> None:
             try:
                 await function()
@@ -340,7 +345,7 @@ class Connection:
                 if self._room is not None:
                     self._room.set()
 
-        handle: Handle = self._node.tasks.spawn(_after_start(run), context=copy_context())
+        handle: Handle = self._node.tasks.spawn(_after_start(run), context=context)
         tasks.add(handle)
 
     # What leaves.
@@ -728,6 +733,7 @@ class Connection:
         self._state = OPEN
         self.accepted = True
         self._node.metrics.connected()
+        self._node.heartbeats.add(self, self._node.tasks.time())
         self._pump()
 
     async def send_raw(self, message: AsgiMessage) -> None:

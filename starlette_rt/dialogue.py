@@ -46,7 +46,7 @@ from .frames import (
 )
 from .frames import event as event_frame
 from .hub import Hub, Message, Peer
-from .limits import Meter
+from .limits import Meter, RateLimit
 from .once import once
 from .protocols.v1 import Malformed
 from .streams import Stream
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 WINDOW = 32  # requests that a client may have unanswered
 GROUPS = 256  # groups that a client may have joined itself
 REPLY = 256 * 1024  # bytes of recovered events in one reply; more are sent ahead of it
+# What no other limit counts: pongs, frames that nobody knows or asked for, whispers that are dropped.
+FREE = Meter("free", (RateLimit("1000/10 second"), RateLimit("262144/10 second", unit="bytes")))
 BUSY = 0.1  # seconds after which a client that went beyond its window may try again
 ABREAST = 1.0  # seconds that a client's position may be ahead of this node
 SNAPSHOTS = 3  # how often a snapshot is taken anew because the history broke meanwhile
@@ -210,13 +212,15 @@ class Dialogue:
         try:
             frames = self._protocol.decode(raw)
         except ProtocolError as error:
-            return self._client.refuse(error, error.ref)
+            return self._client.refuse(error)
         batch = Volley() if len(frames) > 1 else None
         self._unpaid = size
         for frame in frames:
             ARRIVALS[type(frame)](self, frame, batch)
             if not self._client.is_open:
                 return
+        if self._unpaid and self._client.must_wait(self._unpaid, FREE):
+            self._client.expel(CloseCode.OVERLOADED)
 
     def _queue(self, frame: ClientFrame, batch: Volley | None) -> None:
         client = self._client
@@ -265,6 +269,7 @@ class Dialogue:
             if frame.ref is not None:
                 self._client.refuse(EventError("rate_limited", "too many whispers", retry_after=wait), frame.ref)
         elif self._unanswered < WINDOW:
+            self._unpaid = 0
             self._client.enqueue(Request(frame, batch))
         elif frame.ref is not None:
             self._too_many(frame, batch)
@@ -288,6 +293,7 @@ class Dialogue:
         """Hand an answer to whoever waits for it; one that comes too late is nobody's."""
         call = None if self._calls is None or frame.ref is None else self._calls.pop(frame.ref, None)
         if call is not None:
+            self._unpaid = 0
             call.answer = frame
             call.arrived.set()
 
@@ -434,10 +440,15 @@ class Dialogue:
         if frame.id is None:
             result = plain_data(await run())
         else:
-            user = self._client.user
-            subject = user.identity if user.is_authenticated else self._client.session
-            result = await once(self._node.ledger, f"once:{subject}\n{frame.id}", run, rerun=handler.rerun)
+            key = f"once:{self._subject}\n{frame.id}"
+            result = await once(self._node.ledger, key, run, rerun=handler.rerun)
         self._reply(frame.ref, result)
+
+    @property
+    def _subject(self) -> str:
+        """Who asks: a person, or a guest's session, which no identity can be mistaken for."""
+        user = self._client.user
+        return user.identity if user.is_authenticated else f"~{self._client.session}"
 
     def _slots_of(self, handler: Handler) -> anyio.Semaphore:
         if self._slots is None:
@@ -449,8 +460,7 @@ class Dialogue:
         assert declared is not None  # looked up when it arrived
         check_joined(frame.group, self._client, self._node.hub)
         data = msgspec.UNSET if frame.stop else plain_data(self._protocol.data(frame.data, declared.decoder))
-        if declared.expires_ms is not None:
-            self._remember(frame, declared)
+        self._remember(frame, declared)
         await self._node.whisper(self._client, frame.group, declared, data)
         self._reply(frame.ref)
 

@@ -111,11 +111,4 @@ class EventError(RealtimeError):
 
 
 class ProtocolError(EventError):
-    """What a peer said is not of the protocol: ``bad_message``, ``bad_name``, ``invalid`` or ``too_large``.
-
-    ``ref`` is the request that it was, if that could still be read.
-    """
-
-    def __init__(self, code: str, message: str = "", *, ref: int | None = None) -> None:
-        super().__init__(code, message)
-        self.ref: int | None = ref
+    """What a peer said is not of the protocol; ``code`` is one of those that docs/protocol.md has for that."""

@@ -343,8 +343,8 @@ def check_protocol(message: Message, protocol: str | None, connection: Connectio
     """Let the accept name the protocol that is spoken. Raises `RuntimeError` for a host that names another."""
     if message.get("subprotocol") is None:
         message["subprotocol"] = protocol
-    elif connection.wire.v1 is not None and message["subprotocol"] != protocol:
-        raise RuntimeError(f"{protocol} is spoken with this client: write accept() without subprotocol=")
+    elif message["subprotocol"] != protocol and (connection.wire.v1 is not None or message["subprotocol"] in V1S):
+        raise RuntimeError(f"{protocol or 'rt.plain'} is spoken with this client: write accept() without subprotocol=")
 
 
 async def opening(connection: Connection, send: Send, message: Message) -> None:

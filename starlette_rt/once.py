@@ -16,9 +16,11 @@ from typing import Any
 
 import anyio
 import msgspec
+from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocketDisconnect
 
 from .backends.base import Claim, Ledger
-from .exceptions import EventError
+from .exceptions import EventError, Unavailable
 from .frames import plain_data, printable
 from .protocols.v1 import V1S
 
@@ -71,27 +73,35 @@ async def _ended(ledger: Ledger, key: str) -> Claim:
 
 async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], rerun: bool) -> Any:
     """Run, and leave a verdict whatever happens."""
-    verdict: dict[str, Any] | None = None if rerun else refusal(UNKNOWN)
+    verdict: bytes | None = None if rerun else refusal(UNKNOWN)
     token = ORIGIN.set(Origin(key))
     try:
         result = plain_data(await run())
-        verdict = {"data": result}
+        verdict = bytes(PACKED.raw({"data": result}))
         return result
-    except EventError as error:
-        verdict = None if error.temporary else refusal(error)
-        raise
-    except Exception:
-        verdict = refusal(INTERNAL)
+    except WebSocketDisconnect:
+        raise  # the client left in the middle: how far it got is not known
+    except Exception as error:
+        verdict = verdict_of(error)
         raise
     finally:
         ORIGIN.reset(token)
         with anyio.CancelScope(shield=True):
-            await (ledger.release(key) if verdict is None else ledger.settle(key, bytes(PACKED.raw(verdict)), ONCE))
+            await (ledger.release(key) if verdict is None else ledger.settle(key, verdict, ONCE))
 
 
-def refusal(error: EventError) -> dict[str, Any]:
+def verdict_of(error: Exception) -> bytes | None:
+    """Return the answer that is kept for what a handler raised; None for what may succeed when it is tried again."""
+    if isinstance(error, Unavailable) or (isinstance(error, EventError) and error.temporary):
+        return None
+    if isinstance(error, HTTPException):
+        return refusal(EventError(f"http_{error.status_code}", str(error.detail)))
+    return refusal(error if isinstance(error, EventError) else INTERNAL)
+
+
+def refusal(error: EventError) -> bytes:
     """Return the answer that says ``error``."""
-    return {"code": printable(error.code), "message": printable(error.message)}
+    return bytes(PACKED.raw({"code": printable(error.code), "message": printable(error.message)}))
 
 
 def answer_of(answer: bytes) -> Any:

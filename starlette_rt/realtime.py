@@ -219,7 +219,9 @@ class Realtime:
 
     def _expires(self, connection: Connection) -> float:
         """When the connection ends for its token's sake, by the wall clock; who can hand in a new one has a grace."""
-        return (connection.user.expires_at or math.inf) + (self._expiry_grace if connection.wire.v1 else 0.0)
+        expires_at = connection.user.expires_at
+        grace = self._expiry_grace if connection.wire.v1 is not None else 0.0
+        return math.inf if expires_at is None else expires_at + grace
 
     def come_back(self) -> int:
         """Return in how many milliseconds one of our clients should come back, so that not all come at once."""
@@ -513,7 +515,6 @@ class Realtime:
             self.hub.join(connection, f"~{connection.user.identity}")
         if connection.user.expires_at is not None:
             self._expiring[connection] = None
-        self.heartbeats.add(connection, self.tasks.time())
 
     def welcome(self, connection: Connection) -> Welcome:
         """Return the first frame to a client of the protocol v1."""

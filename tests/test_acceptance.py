@@ -572,7 +572,6 @@ async def test_a_plain_client_says_an_event_only_to_a_group_that_it_is_in() -> N
         assert (await client.receive_json())["code"] == "not_joined"
 
 
-@pytest.mark.xfail(strict=True, reason="a group that is no text is looked up as it is")
 @pytest.mark.parametrize("group", [[1], {"a": 1}, 5, True], ids=str)
 async def test_a_group_of_a_plain_client_that_is_no_text_is_answered(group: Any) -> None:
     async with connect(functions(Realtime(), every), "/ws") as client:
@@ -580,7 +579,6 @@ async def test_a_group_of_a_plain_client_that_is_no_text_is_answered(group: Any)
         assert (await client.receive_json())["code"] == "invalid"
 
 
-@pytest.mark.xfail(strict=True, reason="the group of an identity is taken for one that the client has joined")
 async def test_a_plain_client_says_nothing_to_the_group_of_its_own_identity() -> None:
     async with connect(functions(Realtime(), every, tokens=tokens), "/ws", token=token("ann")) as client:
         await client.send_json({"event": "say", "group": "~ann"})
@@ -603,9 +601,6 @@ async def test_a_new_token_prolongs_the_connection_of_a_body() -> None:
         assert await client.refused("refresh", token=token("bob")) == "forbidden"
 
 
-@pytest.mark.xfail(
-    strict=False, reason="where tasks are not eager, the connection is not served yet as the body begins"
-)
 async def test_a_body_may_ask_its_client_at_once() -> None:
     async def body(connection: Connection) -> None:
         await connection.push(await connection.call("name"))

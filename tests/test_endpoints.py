@@ -1329,7 +1329,6 @@ async def test_a_declared_message_takes_what_a_plain_client_says_bare() -> None:
         assert await plainly(client, {"event": "message", "data": {"x": 3, "y": 2}}) == ["moved", 3]
 
 
-@pytest.mark.xfail(strict=True, reason="the terms of a declared message are not looked at where it is said bare")
 @pytest.mark.parametrize("scopes", [["player"], []], ids=["limit", "scope"])
 async def test_the_terms_of_a_declared_message_hold_also_where_it_is_said_bare(scopes: list[str]) -> None:
     app = live(Guarded, tokens=tokens)
@@ -1338,7 +1337,6 @@ async def test_the_terms_of_a_declared_message_hold_also_where_it_is_said_bare(s
         assert answers == ([["moved", 1], "rate_limited"] if scopes else ["forbidden"] * 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the terms of a declared message are not looked at where it is said bare")
 async def test_a_declared_message_that_needs_a_group_is_not_said_bare() -> None:
     class Endpoint(RealtimeEndpoint):
         @event("message")

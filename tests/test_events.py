@@ -389,7 +389,6 @@ class Named:
     async def say(self, **data: Message) -> None: ...
 
 
-@pytest.mark.xfail(strict=True, reason="whether a handler can be called so is not tried at start")
 @pytest.mark.parametrize("cls", [Selfless, GroupFirst, ByName, ByPlace, Named])
 def test_a_handler_that_cannot_be_called_so_is_an_error_with_a_sentence_at_start(cls: type) -> None:
     with pytest.raises(ConfigurationError):

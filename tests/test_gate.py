@@ -266,6 +266,19 @@ async def test_a_host_that_names_another_protocol_than_is_spoken_is_told_what_to
     assert "rt.v1.json is spoken with this client: write accept() without subprotocol=" in caplog.text
 
 
+async def test_a_host_that_names_ours_where_it_is_not_spoken_is_told_too(
+    loud: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Text(RealtimeEndpoint):
+        encoding = "text"
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept(subprotocol="rt.v1.json")
+
+    assert (await refusal(live(Text), subprotocols=["rt.v1.json"])).status == 500
+    assert "rt.plain is spoken with this client" in caplog.text
+
+
 async def test_a_host_may_name_what_is_spoken_and_any_protocol_of_its_own() -> None:
     async with connect(live(Choosing), "/ws", subprotocols=["soap"]) as client:
         assert client.subprotocol == "soap"

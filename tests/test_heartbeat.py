@@ -170,7 +170,6 @@ def test_a_turn_that_is_a_little_late_sees_to_everybody() -> None:
     assert peer.ends == [CloseCode.PING_TIMEOUT]
 
 
-@pytest.mark.xfail(strict=True, reason="the wheel begins to turn with the first turn: who was due before it is lost")
 def test_a_first_turn_that_comes_late_forgets_nobody() -> None:
     beats, peer = Heartbeats(1.0, 1.0, None), Peer()
     beats.add(peer, 100.0)

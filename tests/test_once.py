@@ -93,7 +93,6 @@ async def test_a_temporary_refusal_is_not_remembered() -> None:
     assert run.ran == 3
 
 
-@pytest.mark.xfail(strict=True, reason="Unavailable of a handler is answered `unavailable`, but remembered as internal")
 async def test_what_the_backend_could_not_do_can_be_tried_again() -> None:
     ledger, run = MemoryLedger(), Counted(Unavailable("the backend rests"), "in")
     with pytest.raises(Unavailable):
@@ -101,7 +100,6 @@ async def test_what_the_backend_could_not_do_can_be_tried_again() -> None:
     assert await once(ledger, "k", run, rerun=False) == "in"
 
 
-@pytest.mark.xfail(strict=True, reason="the answer is spelled where a failure of the spelling leaves the event begun")
 async def test_a_result_that_no_wire_carries_is_a_failure_that_is_remembered(hasty: None) -> None:
     ledger, run = MemoryLedger(), Counted("\ud800")
     with pytest.raises(UnicodeEncodeError):
@@ -257,7 +255,6 @@ async def test_a_guest_is_known_by_its_session() -> None:
                 assert (await client.get("event", event="count", id="one"))["count"] == count
 
 
-@pytest.mark.xfail(strict=True, reason="the session of a guest and the name of a person are the same key")
 async def test_nobody_gets_the_answers_of_a_person_by_taking_its_name_for_a_session() -> None:
     made, _ = counting()
     name = "0c1f8a52-7d2e-4b0a-9f57-3a1f0b7b9a11"  # who is known by such a name has one that is a session as well
@@ -282,11 +279,9 @@ async def test_what_stands_against_an_event_before_its_handler_is_not_remembered
         (RuntimeError("a bug"), "internal", "internal"),
         pytest.param(
             *(HTTPException(404, "no such board"), "http_404", "http_404"),
-            marks=pytest.mark.xfail(strict=True, reason="an HTTPException is remembered as internal"),
         ),
         pytest.param(
             *(Unavailable("the backend rests"), "unavailable", "reply"),
-            marks=pytest.mark.xfail(strict=True, reason="Unavailable is remembered as internal"),
         ),
     ],
     ids=["refused", "temporary", "failed", "http", "unavailable"],

@@ -636,7 +636,6 @@ async def test_a_token_that_has_run_out_long_ago_is_good_for_no_time(calendar: C
         assert rt.welcome(connection).ttl_ms == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an end at the epoch is taken for none")
 async def test_an_identity_that_ended_with_the_epoch_has_ended(calendar: Calendar) -> None:
     rt = Realtime()
 
