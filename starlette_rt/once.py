@@ -105,7 +105,9 @@ def refusal(error: EventError) -> bytes:
 
 
 def answer_of(answer: bytes) -> Any:
-    """Return what the first one returned, or raise what it raised."""
+    """Return what the first one returned, or raise what it raised; that it was handled may be all that is known."""
+    if not answer:
+        raise EventError("outcome_unknown", "this event was handled, and its answer is not kept any more")
     verdict = msgspec.msgpack.decode(answer)
     if "code" in verdict:
         raise EventError(verdict["code"], verdict["message"])

@@ -577,9 +577,14 @@ async def test_answers_in_memory_are_bounded_in_bytes_and_what_runs_out_gives_it
     await ledger.settle("a", b"1234", 10)
     await ledger.settle("b", b"1234", 20)
     await ledger.settle("c", b"123", 20)
-    assert set(ledger._held) == {"b", "c"}
+    answers = [(await ledger.outcome(name, 0)) for name in "abc"]
+    assert [(each.state, each.answer) for each in answers] == [
+        ("answered", b""),  # it happened, and will not happen again
+        ("answered", b"1234"),
+        ("answered", b"123"),
+    ]
     await ledger.settle("huge", b"12345678901", 20)
-    assert not ledger._held
+    assert [(await ledger.outcome(name, 0)).answer for name in ("b", "c", "huge")] == [b""] * 3
     await ledger.settle("d", b"1234567890", 20)
     now[0] = 30
     await ledger.settle("e", b"1234567890", 20)

@@ -67,6 +67,19 @@ async def test_what_was_returned_first_is_returned_again(result: Any) -> None:
     assert await once(ledger, "other", run, rerun=False) == "never", "another key is another event"
 
 
+async def test_what_was_handled_is_not_handled_again_where_there_was_no_room_for_its_answer() -> None:
+    ledger = MemoryLedger(size=10)
+    ran: list[int] = []
+
+    async def run() -> str:
+        ran.append(1)
+        return "x" * 20
+
+    assert await once(ledger, "k", run, rerun=True) == "x" * 20
+    assert await refused(ledger, run) == "outcome_unknown"
+    assert ran == [1]
+
+
 @pytest.mark.parametrize("rerun", [False, True])
 async def test_a_refusal_is_remembered_and_so_is_a_failure(rerun: bool) -> None:
     for first, code in ((EventError("full", "no \ud800 seat"), "full"), (RuntimeError("a bug"), "internal")):

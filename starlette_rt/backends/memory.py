@@ -219,7 +219,8 @@ class MemoryLedger:
         self._wall = wall
         self._most, self._room = answers, size
         self._held: dict[str, Held] = {}
-        self._answered: OrderedDict[str, int] = OrderedDict()  # and how many bytes, the oldest first
+        self._answered: OrderedDict[str, None] = OrderedDict()  # the oldest first
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # the bytes of those that are still whole, the oldest first
         self._rules: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []  # at least one for each key and each rule, and no more than thrice that
 
@@ -274,14 +275,23 @@ class MemoryLedger:
 
     def _forget(self, key: str) -> None:
         self._held.pop(key).end()
-        self._room += self._answered.pop(key, 0)
+        self._answered.pop(key, None)
+        self._room += self._sizes.pop(key, 0)
 
     def _keep(self, key: str, size: int) -> None:
-        """Make room for an answer: the oldest go, and it goes itself if it is larger than all the room."""
-        self._answered[key] = size
+        """Make room for an answer: the oldest are emptied, or forgotten where there are too many.
+
+        An emptied one still says that its key is settled: who fills the room makes nothing happen twice.
+        """
+        self._answered[key] = None
+        self._sizes[key] = size
         self._room -= size
-        while self._room < 0 or len(self._answered) > self._most:
+        if len(self._answered) > self._most:
             self._forget(next(iter(self._answered)))
+        while self._room < 0:
+            oldest, freed = self._sizes.popitem(last=False)
+            self._held[oldest].answer = b""
+            self._room += freed
 
     def _plan(self, name: str, due: float) -> None:
         heapq.heappush(self._due, (due, name))
