@@ -18,7 +18,7 @@ import msgspec
 from starlette.websockets import WebSocketDisconnect
 
 from .backends.base import Ledger
-from .events import DeclaredWhisper, Handler
+from .events import DeclaredWhisper, Handler, full_name
 from .exceptions import CloseCode, EventError, ProtocolError, Unavailable
 from .feed import Watch
 from .frames import (
@@ -436,13 +436,22 @@ class Dialogue:
             slots.release()
 
     async def _run(self, frame: Emit, handler: Handler, data: Any) -> None:
-        run: Callable[[], Awaitable[Any]] = partial(self._script.run, handler, data, frame.group)
         if frame.id is None:
-            result = plain_data(await run())
+            result = await self._result(frame, handler, data)
         else:
             key = f"once:{self._subject}\n{frame.id}"
+            run = partial(self._result, frame, handler, data)
             result = await once(self._node.ledger, key, run, rerun=handler.rerun)
         self._reply(frame.ref, result)
+
+    async def _result(self, frame: Emit, handler: Handler, data: Any) -> Any:
+        """Run the handler and return its result as plain data; an error there names it, since no line of it does."""
+        result = await self._script.run(handler, data, frame.group)
+        try:
+            return plain_data(result)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"returned by {full_name(handler.function)}")
+            raise
 
     @property
     def _subject(self) -> str:

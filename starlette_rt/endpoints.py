@@ -125,6 +125,7 @@ class RealtimeEndpoint(WebSocketEndpoint):
         decoder = message_decoder(cls.on_receive, 2) if cls.encoding == "json" else None
         cls._message = Handler("message", cls.on_receive, decoder)
         cls._handlers = handlers_of(cls)
+        check_names(cls, cls._handlers)
         cls._whispers = whispers_of(cls, cls.whispers)
         if cls.encoding != "json" and (cls._handlers or cls._whispers):
             raise ConfigurationError(f'{cls.__name__}: events and whispers are JSON; write encoding = "json"')
@@ -252,6 +253,15 @@ class RealtimeEndpoint(WebSocketEndpoint):
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """See `Connection.close`."""
         await self.connection.close(code, reason)
+
+
+def check_names(cls: type[RealtimeEndpoint], handlers: Mapping[str, Handler]) -> None:
+    """Raise `ConfigurationError` for a typed handler in the place of what every endpoint has, such as ``join``."""
+    for handler in handlers.values():
+        name = handler.function.__name__
+        if hasattr(RealtimeEndpoint, name):
+            words = f"{cls.__name__}.{name} takes the place of a method that every endpoint has"
+            raise ConfigurationError(f'{words}; write @event("{handler.name}") over a method of another name')
 
 
 RealtimeEndpoint._prepare()

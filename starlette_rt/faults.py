@@ -52,10 +52,17 @@ def culprit(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> tuple[object, ...]:
-    """Return what tells one bug from another: the type of the error and the line it came from."""
+    """Return what tells one bug from another: the type of the error, the host's line it came from, and its notes.
+
+    A line of ours, which many handlers share, stands only where there is none of the host's.
+    """
+    line: tuple[object, ...] = ()
     trace: TracebackType | None = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    hosts = False
+    while trace is not None:
+        ours = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == __package__
+        if not (hosts and ours):
+            line = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        hosts = hosts or not ours
         trace = trace.tb_next
-    if trace is None:
-        return (type(error),)
-    return type(error), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+    return type(error), *line, *getattr(error, "__notes__", ())

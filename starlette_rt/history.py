@@ -89,6 +89,9 @@ class History:
             raise ConfigurationError(f"History(ttl={self.ttl!r}): ttl is how many seconds they are kept, more than 0")
 
 
+WRITE = 'write history={"board:*": History(size=100, ttl=300)}'
+
+
 class Policies:
     """Which groups have a history: by pattern (`fnmatch`, with case), the first that matches.
 
@@ -96,12 +99,14 @@ class Policies:
     """
 
     def __init__(self, patterns: Mapping[str, History] | None = None) -> None:
+        if not isinstance(patterns, Mapping | None):
+            raise ConfigurationError(f"history={patterns!r}: {WRITE}")
         self._patterns = tuple((patterns or {}).items())
         for pattern, history in self._patterns:
-            if not isinstance(pattern, str) or not isinstance(history, History):
-                raise ConfigurationError(
-                    f'history={{{pattern!r}: {history!r}}}: write history={{"board:*": History(size=100, ttl=300)}}'
-                )
+            if not isinstance(pattern, str) or not pattern or not isinstance(history, History):
+                raise ConfigurationError(f"history={{{pattern!r}: {history!r}}}: {WRITE}")
+            if pattern.startswith("~"):
+                raise ConfigurationError(f"history={{{pattern!r}: …}}: what is pushed to a person is not kept")
         self.of: Callable[[str], History | None] = lru_cache(GROUPS)(self._first) if self._patterns else nothing
 
     def _first(self, group: str) -> History | None:
@@ -307,8 +312,9 @@ class Log:
         return self.position
 
     def outlived(self, now: float) -> bool:
-        """Whether the time of the log itself is over."""
-        return now >= self._used + max(self._history.ttl, EPOCH_TTL)
+        """Whether the time of the log itself is over. One in which nothing was ever said has less of it."""
+        kept = EPOCH_TTL if self.position.offset else 0.0
+        return now >= self._used + max(self._history.ttl, kept)
 
     def expire(self, now: float) -> None:
         """Forget the publications, and the ids, whose time is over."""

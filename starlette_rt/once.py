@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from .backends.base import Claim, Ledger
 from .exceptions import EventError, Unavailable
-from .frames import plain_data, printable
+from .frames import printable
 from .protocols.v1 import V1S
 
 PACKED = V1S["rt.v1.msgpack"]  # how an answer is kept, whatever the asker speaks
@@ -53,7 +53,7 @@ ORIGIN: ContextVar[Origin | None] = ContextVar("starlette_rt.origin", default=No
 
 
 async def once(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], *, rerun: bool) -> Any:
-    """Return what ``run`` returns, or what it returned when ``key`` came first; refusals are remembered as well.
+    """Return the plain data that ``run`` returns, or what it returned when ``key`` came first; so with refusals.
 
     Raises `EventError`: what the handler refused with, ``internal`` for one that failed, ``outcome_unknown`` for
     one that was begun and never ended (it runs again if ``rerun``), ``unavailable`` while it is still running.
@@ -76,7 +76,7 @@ async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], re
     verdict: bytes | None = None if rerun else refusal(UNKNOWN)
     token = ORIGIN.set(Origin(key))
     try:
-        result = plain_data(await run())
+        result = await run()
         verdict = bytes(PACKED.raw({"data": result}))
         return result
     except WebSocketDisconnect:

@@ -100,7 +100,7 @@ class Realtime:
             raise ConfigurationError("expiry_grace is a number of seconds, 0 or more")
         self.heartbeats: Heartbeats = Heartbeats(ping_interval, ping_timeout, idle_timeout)
         self.idle_timeout: float | None = idle_timeout
-        self._policies = Policies(history or {})
+        self._policies = Policies(history)
         self._expiry_grace = expiry_grace
         self._names = secrets.token_urlsafe(6)
         self._numbers = count(1)

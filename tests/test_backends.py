@@ -494,7 +494,7 @@ async def test_logs_in_memory_that_have_outlived_their_time_are_swept_however_ma
     for _ in range(10):
         broker.sweep()
     assert not any(log._entries for log in broker._logs.values())
-    now[0] = EPOCH_TTL
+    now[0] = EPOCH_TTL - 1
     await broker.position("0", HISTORY)
     now[0] = EPOCH_TTL * 1.5
     for _ in range(10):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,20 @@ def listener() -> tuple[object, SimpleNamespace]:
     return Client(tally, socketio=False), SimpleNamespace(disconnect=lambda: None)
 
 
+def asker(dialect: str, questions: int) -> tuple[Any, SimpleNamespace]:
+    """A client of the other load generator that has asked so many questions, and its transport."""
+    from tests.benchmarks.ask import DIALECTS, Asker
+    from tests.benchmarks.load import Tally
+
+    tally = Tally()
+    tally.expect(questions)
+    client, asked = Asker(tally, DIALECTS[dialect]), []
+    transport = SimpleNamespace(send=lambda kind, payload: asked.append(payload), asked=asked)
+    client.transport = transport
+    client.start(questions, 2)
+    return client, transport
+
+
 def frame(payload: bytes) -> SimpleNamespace:
     """A text frame as picows hands it over."""
     return SimpleNamespace(get_payload_as_bytes=lambda: payload, msg_type=1)
@@ -59,6 +74,16 @@ def test_fanout_measures_each_contender_in_both_ways_of_speaking() -> None:
     assert len(table) == len(contenders)
     assert all(float(cell) > 0 for row in table for cell in row[1:])
     assert "python -m tests.benchmarks.fanout --members 20" in printed
+
+
+def test_inbound_measures_each_contender_with_one_question_and_with_eight_on_their_way() -> None:
+    contenders = ["naive", "generic", "fast", "msgpack", "once"]
+    contenders += ["python-socketio", "socketio"] if "socketio" in RIVALS else []
+    printed = bench("inbound", "--clients", "4", "--events", "80", "--rounds", "2", "--contenders", *contenders)
+    table = rows(printed)
+    assert len(table) == len(contenders)
+    assert all(float(cell) > 0 for row in table for cell in row[1:])
+    assert "python -m tests.benchmarks.inbound --clients 4" in printed
 
 
 def test_an_idle_connection_owns_one_task() -> None:
@@ -90,7 +115,7 @@ def test_a_page_without_the_markers_is_refused_and_left_alone(tmp_path: Path) ->
 
 def test_the_page_has_a_section_for_each_benchmark() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for section in ("fanout", "idle"):
+    for section in ("fanout", "inbound", "idle"):
         assert text.index(f"<!-- {section} -->") < text.index(f"<!-- /{section} -->")
 
 
@@ -114,6 +139,38 @@ def test_the_load_generator_notices_disorder(second: int) -> None:
     client, transport = listener()
     for number in (10000000, second):
         client.on_ws_frame(transport, frame(b'{"seq":%08d,"pad":"x"}' % number))
+    assert client.tally.disorder == 1
+
+
+@pytest.mark.parametrize(
+    ("dialect", "payload"),
+    [
+        ("json", b'{"type":"reply","ref":%d,"data":{"stored":%d}}'),
+        ("bare", b'[{"type":"reply","ref":%d,"data":{"stored":%d}}]'),
+        ("socketio", b'43%d[{"stored":%d}]'),
+    ],
+)
+def test_who_asks_asks_again_for_each_right_answer(dialect: str, payload: bytes) -> None:
+    client, transport = asker(dialect, questions=3)
+    for number in (10000001, 10000002, 10000003):
+        client.on_ws_frame(transport, frame(payload % (number, number)))
+    assert (len(transport.asked), client.tally.disorder, client.tally.done.is_set()) == (3, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("ref", "stored"), [(10000001, 10000002), (10000003, 10000003), (10000001, -1)], ids=["wrong", "not asked", "error"]
+)
+def test_who_asks_notices_a_wrong_answer(ref: int, stored: int) -> None:
+    client, transport = asker("json", questions=3)
+    client.on_ws_frame(transport, frame(b'{"type":"reply","ref":%d,"data":{"stored":%d}}' % (ref, stored)))
+    assert client.tally.disorder == 1
+
+
+def test_who_asks_takes_a_refusal_for_a_wrong_answer_and_answers_pings() -> None:
+    client, transport = asker("json", questions=3)
+    client.on_ws_frame(transport, frame(b'{"type":"ping"}'))
+    client.on_ws_frame(transport, frame(b'{"type":"error","ref":10000001,"code":"busy","message":"","temporary":true}'))
+    assert transport.asked[2] == b'{"type":"pong"}'
     assert client.tally.disorder == 1
 
 

@@ -1965,10 +1965,10 @@ async def test_a_batch_whose_frame_closes_the_connection_ends_there(narrow: None
 
 async def test_a_handler_closes_by_raising() -> None:
     @event("close")
-    async def close(self: Any) -> None:
+    async def end(self: Any) -> None:
         raise WebSocketException(4321, "so it is")
 
-    async with Stage(board(close)) as stage, stage.talk() as client:
+    async with Stage(board(end)) as stage, stage.talk() as client:
         await client.say(emit("close", 1))
         assert await client.client.closed() == 4321
 

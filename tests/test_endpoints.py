@@ -1422,3 +1422,12 @@ async def test_an_endpoint_asks_its_client() -> None:
         assert (asked["event"], asked["data"]) == ("name", None)
         await talk.say({"type": "reply", "ref": asked["ref"], "data": "ann"})
         assert (await talk.hear())["data"] == "ann"
+
+
+def test_a_typed_handler_cannot_take_the_place_of_a_verb() -> None:
+    with pytest.raises(ConfigurationError, match=r'takes the place of .* write @event\("join"\) over a method of another'):
+
+        class Shadow(RealtimeEndpoint):
+            @event("join")
+            async def join(self) -> None:  # type: ignore[override]
+                """Whoever calls `self.join` would be surprised."""

@@ -187,3 +187,22 @@ def test_the_error_itself_is_not_kept_alive() -> None:
     log = FaultLog()
     log.report(here(), 0.0)
     assert not any(isinstance(part, BaseException) for place in log._places for part in place)
+
+
+def test_two_handlers_whose_results_cannot_be_said_are_two_places() -> None:
+    """No line of theirs stands in the traceback, so it is the note that tells them apart."""
+    first, second = (raised(lambda: plain_data(object())) for _ in range(2))
+    first.add_note("returned by app.one")
+    second.add_note("returned by app.two")
+    assert place_of(first) != place_of(second)
+
+
+def test_a_line_of_ours_that_many_handlers_reach_does_not_make_them_one_place() -> None:
+    def one() -> None:
+        plain_data(object())
+
+    def two() -> None:
+        plain_data(object())
+
+    assert place_of(raised(one)) != place_of(raised(two))
+    assert place_of(raised(one)) == place_of(raised(one))

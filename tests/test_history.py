@@ -314,11 +314,18 @@ def test_publications_go_after_their_time_and_the_place_stays() -> None:
 
 def test_a_log_is_outlived_a_day_after_its_last_use_or_later() -> None:
     log = Log(History(5, 10), 0.0)
+    publish(log, 1)
     assert not log.outlived(EPOCH_TTL - 1)
     log.read(EPOCH_TTL - 1)
     assert not log.outlived(EPOCH_TTL + 1)
     assert log.outlived(2 * EPOCH_TTL)
     assert not Log(History(5, 3 * EPOCH_TTL), 0.0).outlived(2 * EPOCH_TTL)
+
+
+def test_a_log_in_which_nothing_was_said_is_outlived_with_its_ttl() -> None:
+    log = Log(History(5, 10), 0.0)
+    assert not log.outlived(9)
+    assert log.outlived(10), "who joins many groups and leaves them fills no memory for a day"
 
 
 def test_an_epoch_is_renewed_once_by_those_who_saw_the_same_end() -> None:
@@ -332,3 +339,16 @@ def test_an_epoch_is_renewed_once_by_those_who_saw_the_same_end() -> None:
     assert log.renew(renewed, 1.0, epoch) == after_it  # it has gone on meanwhile
     assert log.renew(after_it, 1.0, epoch).epoch == "n2"
     assert log.read(1.0).entries[0] == entry
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        ([("a", History(1, 1))], 'write history={"board:\\*"'),
+        ({"": History(1, 1)}, 'write history={"board:\\*"'),
+        ({"~*": History(1, 1)}, "what is pushed to a person is not kept"),
+    ],
+)
+def test_patterns_that_cannot_work_are_refused_with_what_to_write(patterns: Any, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        Policies(patterns)

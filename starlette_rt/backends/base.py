@@ -118,7 +118,8 @@ class Claim(NamedTuple):
     """What became of a key that may be taken once.
 
     ``first``: it is yours. ``running``: ``holder`` has it and has not settled it. ``answered``: it is settled,
-    with ``answer``, which is empty where there was no room to keep it. ``free``: nobody has it, which only `Ledger.outcome` says.
+    with ``answer``, which is empty where there was no room to keep it. ``free``: nobody has it, which only
+    `Ledger.outcome` says.
     """
 
     state: Literal["first", "running", "answered", "free"]

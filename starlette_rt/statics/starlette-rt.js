@@ -16,9 +16,8 @@ const FORGIVEN = 10_000;
 const ELEMENTS = 10_000; // values in one message
 const DEPTH = 64;
 const ORPHANED = 7 * 24 * 3_600_000; // ms that the queue of another session stays in the storage
-const REFUSED = new Set(
-  "bad_message bad_name invalid too_large unknown_event unknown_whisper not_joined forbidden".split(" "),
-);
+const UNCOUNTED = ["skipped", "busy", "internal"]; // the errors that no server takes amiss
+const WHOLE = ["bad_message", "too_large", "unsupported"]; // what a message is refused for as a whole
 const UTF8 = new TextEncoder();
 
 const CLOCK = {
@@ -135,6 +134,8 @@ function elements(value, depth = 1) {
   return count;
 }
 
+const isRef = (ref) => ref !== undefined && ref !== null;
+
 const comesBack = (code) => !(code === 1000 || code === 1003 || (code >= 4500 && code <= 4999));
 
 const samePlace = (a, b) => a.epoch === b.epoch && a.offset === b.offset && a.tag === b.tag;
@@ -157,7 +158,8 @@ function merge(events, held, recovered, asked, position) {
  * batch may risk is bounded too: behind a refused one all others are `skipped`, and a server counts refusals.
  *
  * An item has `frame()` and `settle(error, data)`; perhaps `held()`: it cannot go yet, nor what is behind it;
- * `expired()`: an error instead of sending it; `sent()`, `refused()` and `lost()`: what became of it.
+ * `expired()`: an error instead of sending it; `sent()`, `refused()` and `lost()`: what became of it; `suspect`: it
+ * may be why a message was refused as a whole, and goes alone.
  */
 class Lane {
   constructor(client, name) {
@@ -185,7 +187,8 @@ class Lane {
 
   pump() {
     const { client } = this;
-    if (!client._live || (this.careful && this.flying)) return;
+    const single = client._single;
+    if (!client._live || client._doubt || (this.careful && this.flying) || (single && client._unanswered.size)) return;
     const now = client._clock.now();
     const wait = Math.max(this.notBefore, client._breather(now)) - now;
     if (wait > 0) {
@@ -197,7 +200,7 @@ class Lane {
     if (room < 1 && client._faults.length) {
       client._after(this.name, client._faults[0] + FORGIVEN - now, () => client._pump());
     }
-    if (this.careful) room = Math.min(room, this.size);
+    if (this.careful) room = Math.min(room, single ? 1 : this.size);
     const batch = { left: 0, accepted: 0, refused: false, told: false, careful: this.careful };
     const parts = [];
     let bytes = 2;
@@ -210,19 +213,18 @@ class Lane {
         this.settle(item, expired);
         continue;
       }
-      const frame = { ...item.frame(), ref: client._lastRef + 1 };
-      const part = client._encode(frame);
-      const size = client._bytes(part);
-      const weight = elements(frame);
-      if (size > client._maxSize || weight === Infinity || weight > ELEMENTS) {
-        this.settle(item, new RealtimeError("too_large", `more than the server takes: ${size} bytes`));
+      let made;
+      try {
+        made = client._made({ ...item.frame(), ref: client._lastRef + 1 });
+      } catch (failure) {
+        this.settle(item, failure);
         continue;
       }
       // Keys may count as values, so each frame is weighed twice: a batch stays well below the bound.
-      if (parts.length && (bytes + size + 1 > client._maxSize || values + 2 * weight > ELEMENTS)) break;
-      bytes += size + 1;
-      values += 2 * weight;
-      parts.push(part);
+      if (parts.length && (bytes + made.bytes + 1 > client._maxSize || values + 2 * made.values > ELEMENTS)) break;
+      bytes += made.bytes + 1;
+      values += 2 * made.values;
+      parts.push(made.part);
       item.ref = ++client._lastRef;
       item.batch = batch;
       item.sent?.();
@@ -242,7 +244,6 @@ class Lane {
     this.flying -= 1;
     batch.left -= 1;
     if (error?.temporary && !item.settled) {
-      if (batch.refused || error.retryAfter === null) client._fault();
       batch.refused = this.careful = true;
       if (error.code !== "skipped") {
         batch.told = true;
@@ -251,7 +252,6 @@ class Lane {
       item.refused?.();
     } else {
       if (!batch.refused) batch.accepted += 1;
-      if (error && REFUSED.has(error.code)) client._fault();
       then = this.settle(item, error, data);
     }
     if (!batch.left) {
@@ -272,7 +272,7 @@ class Lane {
     this.notBefore = Math.max(this.notBefore, this.client._clock.now() + ms);
   }
 
-  /** The connection is gone: what was in flight waits again, at its place. */
+  /** What is in flight will not be answered any more: it waits again, at its place. */
   lost() {
     this.flying = 0;
     for (const item of [...this.items]) {
@@ -327,7 +327,9 @@ class Realtime {
     this._flushing = false;
     this._lastRef = 0;
     this._lastKey = 0;
-    this._faults = [];
+    this._faults = []; // when the server refused something, and counted it
+    this._again = 0; // until when it asked for patience
+    this._doubt = false; // a message was refused as a whole, and it is not known yet which
     this._unanswered = new Map(); // ref -> what to do with its answer
     this._timers = new Map();
     this._groups = new Map();
@@ -502,8 +504,7 @@ class Realtime {
   /** Forget the connection, whatever state it is in. */
   _cut(code) {
     this._turn += 1;
-    this._live = false;
-    this._paused = false;
+    this._live = this._paused = this._doubt = false;
     this._inbox = [];
     this._unanswered.clear();
     for (const name of [...this._timers.keys()]) this._stop(name);
@@ -551,8 +552,8 @@ class Realtime {
   _end(code, reason, byUs = false) {
     this._cut(byUs ? code : undefined);
     for (const item of [...this._events.items]) {
-      const unknown = item.uncertain && !this._storage;
-      const kept = `${this._storage ? "kept in the storage" : "not answered"}: ${reason || `closed with ${code}`}`;
+      const unknown = item.uncertain && !item.key;
+      const kept = `${item.key ? "kept in the storage" : "not answered"}: ${reason || `closed with ${code}`}`;
       if (byUs) item.promise?.catch(nothing); // who closes need not listen
       item.keep = true;
       this._events.settle(item, new RealtimeError(unknown ? "outcome_unknown" : "closed", kept, item));
@@ -636,7 +637,9 @@ class Realtime {
     try {
       const token = await this._token();
       if (turn !== this._turn) return;
-      const data = await this._request({ type: "refresh", token });
+      const data = await new Promise((resolve, reject) => {
+        this._request({ type: "refresh", token }, (error, answer) => (error ? reject(error) : resolve(answer)));
+      });
       this._renewal(data?.ttl_ms);
     } catch (error) {
       if (turn !== this._turn || error?.fatal) return; // the server closes with 4001 when it is time
@@ -646,21 +649,31 @@ class Realtime {
   }
 
   /** Ask outside of the lanes: a refresh must not wait behind a queue. */
-  _request(frame) {
-    return new Promise((resolve, reject) => {
-      const settle = (error, data) => (error ? reject(error) : resolve(data));
-      this._unanswered.set(++this._lastRef, { at: this._clock.now(), settle });
-      this._say({ ...frame, ref: this._lastRef });
-    });
+  _request(frame, settle) {
+    this._say({ ...frame, ref: ++this._lastRef });
+    this._unanswered.set(this._lastRef, { at: this._clock.now(), settle });
   }
 
   // Speaking
 
   _encode(value) {
     if (this._codec) return this._codec.encode(value);
-    return JSON.stringify(value, function (key, part) {
+    const text = JSON.stringify(value, function (key, part) {
       return this[key] instanceof Uint8Array ? base64(this[key]) : part;
     });
+    if (text === undefined) throw new TypeError(`a ${typeof value} cannot be said`);
+    if (!text.includes("\\ud")) return text;
+    // Half of a character has no form in UTF-8: a server refuses the escape that stands for it.
+    return text.replace(/\\(ud[89a-f]..|.)/g, (escape, what) => (what[1] ? "\ufffd" : escape));
+  }
+
+  /** A frame as it is said, and what it weighs; throws if it cannot be said. */
+  _made(frame) {
+    const part = this._encode(frame);
+    const bytes = this._codec ? part.length : UTF8.encode(part).length;
+    const values = elements(frame);
+    if (bytes <= this._maxSize && values <= ELEMENTS) return { part, bytes, values };
+    throw new RealtimeError("too_large", `more than the server takes: ${bytes} bytes, ${values} values`, frame);
   }
 
   _decode(data) {
@@ -671,10 +684,6 @@ class Realtime {
   _copy(data) {
     const bytes = this._encode(data ?? null);
     return this._codec ? this._codec.decode(bytes) : JSON.parse(bytes);
-  }
-
-  _bytes(part) {
-    return this._codec ? part.length : UTF8.encode(part).length;
   }
 
   /** Send encoded frames as one message. */
@@ -732,8 +741,39 @@ class Realtime {
     return faults.length < REFUSALS + 12 ? 0 : faults[0] + FORGIVEN;
   }
 
-  _fault() {
-    this._faults.push(this._clock.now());
+  /** Count a refusal as the server does: not if we waited as long as it had asked for. */
+  _fault({ code, retryAfter }) {
+    const now = this._clock.now();
+    if (UNCOUNTED.includes(code)) return;
+    if (retryAfter === null || now < this._again) this._faults.push(now);
+    this._again = Math.max(this._again, now + retryAfter);
+  }
+
+  /** Whether requests go one by one, nothing beside them, because one of them may be unfit for any message. */
+  get _single() {
+    return [this._requests, this._events].some((lane) => lane.items.some((item) => item.suspect));
+  }
+
+  /**
+   * A message was refused as a whole, and an error without a ref does not say which. When a question behind all of them
+   * is answered, all is answered that ever will be; the rest is asked again, one by one, until one is refused alone.
+   */
+  _doubted(error) {
+    if (this._doubt) return;
+    this._doubt = true;
+    // To leave what we are not in is nothing, and answered in its turn.
+    this._request({ type: "leave", group: randomId() }, () => {
+      this._doubt = false;
+      const rest = [...this._unanswered.values()];
+      this._unanswered.clear();
+      for (const { item, settle } of rest) {
+        if (item) item.suspect = true;
+        else settle(error);
+      }
+      this._requests.lost();
+      this._events.lost();
+      if (!rest.length) this._errors.call(error); // it was nothing that is answered
+    });
   }
 
   _after(name, ms, fn) {
@@ -789,6 +829,8 @@ class Realtime {
     if (type === undefined) return undefined;
     if (!this._live && type !== "welcome" && type !== "goodbye" && type !== "error") return undefined;
     const group = this._groups.get(frame.group);
+    const left = this._requests.items.some(({ kind, name }) => kind === "leave" && name === frame.group);
+    if (left && !isRef(frame.ref)) return undefined; // we have said that we are not there any more
     switch (type) {
       case "welcome":
         return this._welcome(frame);
@@ -824,7 +866,7 @@ class Realtime {
   _event(frame, group) {
     if (group) group._event(frame);
     else if (!frame.skip) this._show(frame, false);
-    if (frame.ref !== undefined && frame.ref !== null) this._call(frame);
+    if (isRef(frame.ref)) this._call(frame);
   }
 
   _show(frame, recovered, group) {
@@ -842,34 +884,36 @@ class Realtime {
       const fn = this._answers.get(event);
       if (!fn) throw new RealtimeError("unknown_event", `nothing here answers ${event}`);
       const answer = await fn(data, { event, group, id, recovered: false });
-      part = this._encode({ type: "reply", ref, data: answer ?? null });
-      if (this._bytes(part) > this._maxSize) throw new RealtimeError("too_large", "the answer is too large");
+      ({ part } = this._made({ type: "reply", ref, data: answer ?? null }));
     } catch (error) {
       const code = error instanceof RealtimeError ? error.code : "internal";
-      part = this._encode({ type: "error", ref, code, message: String(error?.message ?? error) });
+      part = this._encode({ type: "error", ref, code, message: String(error?.message ?? error).slice(0, 1000) });
     }
     if (turn === this._turn && this._live) this._write([part]);
   }
 
   _answered(frame) {
     const { code, message, temporary, retry_after_ms: retryAfter = null } = frame;
-    const asked = this._unanswered.get(frame.ref);
-    const { event, id } = asked?.item ?? {};
     const failed = frame.type === "error";
+    const unknown = failed && !isRef(frame.ref);
+    const whole = unknown && WHOLE.includes(code) && this._unanswered.size > 0;
+    const alone = whole && this._unanswered.size === 1 && this._single && !this._doubt;
+    const [ref] = alone ? this._unanswered.keys() : [frame.ref];
+    const asked = this._unanswered.get(ref);
+    const { event, id } = asked?.item ?? {};
     const about = { temporary: temporary === true, retryAfter, event, id };
     const error = failed ? new RealtimeError(code, message, about) : null;
+    if (failed && (asked || unknown)) this._fault(error);
     if (!asked) {
-      if (!failed || (frame.ref !== undefined && frame.ref !== null)) return undefined;
-      if (temporary || REFUSED.has(code)) this._fault();
+      if (!unknown) return undefined;
       if (retryAfter !== null) for (const lane of [this._requests, this._events]) lane.wait(retryAfter);
-      return this._errors.call(error);
+      return whole ? this._doubted(error) : this._errors.call(error);
     }
-    this._unanswered.delete(frame.ref);
+    this._unanswered.delete(ref);
     const trip = this._clock.now() - asked.at;
     this.latency = this.latency === null ? trip : this.latency * 0.8 + trip * 0.2;
     this._latencies.call(this.latency);
     if (asked.lane) return asked.lane.answered(asked.item, error, frame.data ?? null);
-    if (error) this._fault();
     asked.settle(error, frame.data ?? null);
     return this._pump();
   }
@@ -940,9 +984,10 @@ class Realtime {
       const { event, id, group, data, until, first, who } = item;
       const record = { event, id, group, data, until, first, who };
       this._lastKey = Math.max(this._lastKey + 1, this._clock.now());
-      item.key ??= this._prefix + this._lastKey;
+      const key = item.key ?? this._prefix + this._lastKey;
       try {
-        this._storage.setItem(item.key, this._codec ? base64(this._codec.encode(record)) : this._encode(record));
+        this._storage.setItem(key, this._codec ? base64(this._codec.encode(record)) : this._encode(record));
+        item.key = key;
       } catch (error) {
         if (!this._full) report(error); // once: the queue itself goes on
         this._full = true;
@@ -1046,13 +1091,11 @@ class Group {
   }
 
   track(meta) {
-    this._tracked = this._client._copy(meta);
-    return this._request("track", { type: "track", meta: this._tracked });
+    return this._request("track", { type: "track", meta });
   }
 
   update(meta) {
-    this._tracked = this._client._copy(meta);
-    return this._request("track", { type: "update", meta: this._tracked });
+    return this._request("track", { type: "update", meta });
   }
 
   untrack() {
@@ -1073,6 +1116,7 @@ class Group {
 
   /** Leave, as soon as what was emitted here is answered. */
   leave() {
+    if (this._client._groups.get(this.name) !== this) return Promise.resolve(); // it was left before
     this._leaving = true;
     const left = new Promise((resolve) => (this._gone ??= []).push(resolve));
     this._departing();
@@ -1108,6 +1152,10 @@ class Group {
       return;
     }
     const join = { asked: null, held: [], flying: false, broken: false, again: false, fallback: null };
+    const waits = () => {
+      join.flying = false;
+      this._release(join);
+    };
     this._joining = join;
     join.item = {
       kind: "join",
@@ -1123,10 +1171,8 @@ class Group {
         join.asked = this._position;
         join.flying = true;
       },
-      refused: () => {
-        join.flying = false;
-        this._release(join);
-      },
+      refused: waits,
+      lost: waits,
       settle: (error, data) => (this._joining === join ? this._answered(join, error, data) : undefined),
     };
     client._requests.push(join.item);
@@ -1267,10 +1313,11 @@ class Group {
     this._leaving = false;
     this._forget();
     this._fail(new RealtimeError("left", `left ${this.name}`));
-    if (client._groups.get(this.name) === this) client._groups.delete(this.name);
-    const frame = () => ({ type: "leave", group: this.name });
+    client._groups.delete(this.name);
+    const { name } = this;
+    const frame = () => ({ type: "leave", group: name });
     if (!client._live) this._stay();
-    else client._requests.push({ kind: "leave", frame, settle: () => this._stay() });
+    else client._requests.push({ kind: "leave", name, frame, settle: () => this._stay() });
   }
 
   /** Whoever waits for `leave` need not wait any longer. */
@@ -1296,6 +1343,7 @@ class Group {
     if (kind === "presence") item.held = () => this._wanted && !this.joined;
     item.promise = new Promise((resolve, reject) => {
       if (client.state === "closed") throw new RealtimeError("closed", "the connection is closed");
+      if (kind === "track") frame.meta = this._tracked = client._copy(frame.meta);
       item.settle = (error, data) => {
         if (error && frame.meta && frame.meta === this._tracked) this._tracked = undefined;
         if (error) reject(error);
@@ -1385,9 +1433,8 @@ class Group {
   _hush(frame) {
     const client = this._client;
     if (!client._live || !this.joined || client._socket.bufferedAmount > 65_536) return false;
-    const part = client._encode(frame);
-    if (client._bytes(part) > client._maxSize) throw new RealtimeError("too_large", "a whisper is too large");
-    client._write([part]);
+    if (client._doubt || client._single) return false; // a refusal must not be a whisper's
+    client._write([client._made(frame).part]);
     return true;
   }
 }

@@ -29,7 +29,7 @@ from tests.benchmarks.load import Client, Load, Tally, answer
 
 FIRST = 10_000_000  # eight digits for ever, so that every message has the same size
 TEXT = "a short line of text, as somebody types it in a chat"
-DATA = '{"text":"%s","n":%%d}' % TEXT
+DATA = f'{{"text":"{TEXT}","n":%d}}'
 
 
 class Stored(msgspec.Struct):
@@ -74,7 +74,7 @@ def reader(decode: Callable[[bytes], Frame | list[Frame]]) -> Callable[[bytes], 
 
 def json_frame(number: int, more: str = "") -> bytes:
     """Spell a question as JSON."""
-    return ('{"type":"event","event":"say","ref":%d%s,"data":%s}' % (number, more, DATA % number)).encode()
+    return f'{{"type":"event","event":"say","ref":{number}{more},"data":{DATA % number}}}'.encode()
 
 
 def packed_frame(number: int) -> bytes:

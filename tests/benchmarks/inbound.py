@@ -26,7 +26,7 @@ from tests.benchmarks import common
 
 FAST = "starlette_rt.uvicorn:RealtimeWebSocketProtocol"
 PYTHON_SOCKETIO = common.CACHE / "python-socketio"
-ROUNDS, CLIENTS, EVENTS = 15, 50, 2_000
+ROUNDS, CLIENTS, EVENTS = 25, 50, 1_000
 SETTLE = 0.05  # seconds after the last answer: what a server still tidies up belongs to it
 
 

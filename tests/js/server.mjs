@@ -3,14 +3,18 @@
 // The law of this file: it is written from the protocol's page and knows nothing of the client. Time is the test's.
 
 const TEMPORARY = new Set(["rate_limited", "busy", "skipped", "unavailable"]);
+const UNCOUNTED = new Set(["busy", "skipped"]);
+
+const surrogates = (message) => (/(?<!\\)(\\\\)*\\ud[89a-f]/.test(message) ? "bad_message" : undefined);
 
 export class Server {
   /**
    * `limit` {burst, per}: events that may come at once, and ms until the next may (or `every`: ms after which all may again); `fate(moment)` is asked at each
-   * moment whether the server dies now; `delay()` is the way of a message in ms.
+   * moment whether the server dies now; `delay()` is the way of a message in ms; `unfit(message)` is the code of what
+   * is refused as a whole.
    */
-  constructor(clock, { limit = null, window = 32, fate = () => false, delay = () => 5 } = {}) {
-    Object.assign(this, { clock, limit, window, fate, delay });
+  constructor(clock, { limit = null, window = 32, fate = () => false, delay = () => 5, unfit = surrogates } = {}) {
+    Object.assign(this, { clock, limit, window, fate, delay, unfit });
     this.ledger = new Map(); // id -> data of the reply
     this.log = []; // what the group said
     this.handled = []; // each run of the handler
@@ -26,7 +30,7 @@ export class Server {
   accept(socket) {
     const connection = { socket, groups: new Set(), arrives: 0, leaves: 0, alive: true, faults: [] };
     socket.onclosed = () => this.hangUp(connection);
-    socket.onsent = (message) => this.later(connection, "arrives", () => this.hear(connection, JSON.parse(message)));
+    socket.onsent = (message) => this.later(connection, "arrives", () => this.hear(connection, message));
     this.clock.setTimeout(() => {
       if (!connection.alive) return;
       this.connections.add(connection);
@@ -83,7 +87,9 @@ export class Server {
   }
 
   hear(connection, message) {
-    const frames = [].concat(message);
+    const unfit = this.unfit(message);
+    if (unfit) return this.refuse(connection, {}, unfit);
+    const frames = [].concat(JSON.parse(message));
     let stopped = false;
     for (const frame of frames) {
       if (!connection.alive) return;
@@ -106,6 +112,7 @@ export class Server {
 
   handle(connection, frame) {
     if (frame.type === "join") return this.join(connection, frame);
+    if (frame.type === "leave") return { data: void connection.groups.delete(frame.group) ?? null };
     if (frame.type !== "event") return undefined;
     const now = this.clock.now();
     if (this.limit?.every) {
@@ -139,7 +146,7 @@ export class Server {
   /** An error; one too many of those that count ends the connection. */
   refuse(connection, frame, code, retry) {
     const now = this.clock.now();
-    if (retry === undefined || now < this.notBefore) connection.faults.push(now);
+    if (!UNCOUNTED.has(code) && (retry === undefined || now < this.notBefore)) connection.faults.push(now);
     if (retry !== undefined) this.notBefore = now + retry;
     const temporary = TEMPORARY.has(code);
     const patience = retry === undefined ? {} : { retry_after_ms: retry };
