@@ -489,6 +489,7 @@ class Dialogue:
         except ValueError as error:
             raise EventError("too_large", str(error)) from None
         meta = await self._script.meta(frame.group, meta)
+        check_joined(frame.group, self._client, self._node.hub)  # it may have been taken out meanwhile
         await self._node.track(self._client, frame.group, meta)
         self._reply(frame.ref)
 

@@ -1585,6 +1585,24 @@ async def test_what_a_call_waits_for_costs_nothing_however_large() -> None:
             assert (await client.hear())["data"] == 150_000
 
 
+async def test_who_is_taken_out_while_the_host_thinks_about_its_meta_is_not_present() -> None:
+    gate = anyio.Event()
+
+    async def on_track(self: Any, group: str, meta: Any) -> Any:
+        await gate.wait()
+        return meta
+
+    async with Stage(board(on_track)) as stage, stage.talk("ann") as ann:
+        await ann.get("join", group="board")
+        await ann.say({"type": "track", "ref": 9, "group": "board"})
+        await turns()
+        await stage.connection.leave("board")
+        gate.set()
+        left, refused = await ann.heard(2)
+        assert (left["type"], refused["ref"], refused["code"]) == ("left", 9, "not_joined")
+        assert await stage.rt.presence("board") == {}
+
+
 # Beside the events
 
 
