@@ -342,7 +342,7 @@ def plain_data(data: Any) -> Any:
     Dataclasses, structs, datetimes, UUIDs, decimals, enums, sets and Pydantic models become what JSON says
     of them. Raises `TypeError` for what has no such form, `ValueError` for what is nested too deep.
     """
-    if isinstance(data, bytes | bytearray | memoryview):
+    if isinstance(data, (bytes, bytearray, memoryview)):
         return bytes(data)
     try:
         return msgspec.to_builtins(data, builtin_types=(bytes,), str_keys=True, enc_hook=_dump)

@@ -46,6 +46,9 @@ class Wire:
 
     def join(self, entries: list[Entry]) -> Any:
         """Return ``entries`` as the one payload that a seam takes."""
+        if len(entries) == 1:
+            alone = entries[0].payload
+            return self.carrier.join((alone if self.v1 is None else self.carrier.frame(alone),))
         payloads = [entry.payload for entry in entries]
         if self.v1 is None:
             return self.carrier.join(payloads)
@@ -76,15 +79,14 @@ class Message:
 
     def entry(self, wire: Wire) -> Entry | None:
         """Return the message as ``wire`` carries it, or ``None`` if it has no spelling there."""
-        try:
+        if wire in self._entries:
             return self._entries[wire]
-        except KeyError:
-            spelled = wire.protocol.encode(self.frame)
-            entry = None
-            if spelled is not None:
-                entry = Entry(wire.payload(spelled), size_of(spelled), self.ephemeral, self.key, self.until)
-            self._entries[wire] = entry
-            return entry
+        spelled = wire.protocol.encode(self.frame)
+        entry = None
+        if spelled is not None:
+            entry = Entry(wire.payload(spelled), size_of(spelled), self.ephemeral, self.key, self.until)
+        self._entries[wire] = entry
+        return entry
 
 
 class Batch:
@@ -143,6 +145,7 @@ class Hub:
         self.pressed: bool = False  # the log was full before its turn had ended: who fills it should take a breath
         self._log: list[LogEntry] = []
         self._bytes = 0
+        self._crowded = False  # whether something in the log is for a group
         self._touched: set[Target] = set()
         self._scheduled = False
         self._writes: Iterator[tuple[Peer, Batch]] = iter(())
@@ -195,6 +198,7 @@ class Hub:
         """Say ``message`` to a group's members of this moment, except the session ``exclude``, or to `Only` one."""
         group = self.groups.get(name)
         if group is not None:
+            self._crowded = True
             self._append(group, message, exclude)
 
     def say(self, peer: Peer, message: Message) -> None:
@@ -236,8 +240,11 @@ class Hub:
         log, self._log = self._log, []
         self._touched = set()
         self._bytes = 0
+        crowded, self._crowded = self._crowded, False
         target, _, exclude = log[0]
-        if all(entry[0] is target and entry[2] == exclude for entry in log):
+        if not crowded:
+            self._writes = personal(log)
+        elif all(entry[0] is target and entry[2] == exclude for entry in log):
             self._writes = spread(target, [entry[1] for entry in log], exclude)
         else:
             self._writes = merge(log)
@@ -280,6 +287,20 @@ def receivers(target: Target, exclude: Except) -> Iterable[Peer]:
     if isinstance(exclude, Only):
         return [peer for peer in target.members if peer.session == exclude.session]
     return [peer for peer in target.members if peer.session != exclude]
+
+
+def personal(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
+    """Everything in the log has one receiver, as replies have: there is nothing to share."""
+    lists: dict[Any, list[Message]] = {}
+    for peer, message, _ in log:
+        if peer in lists:
+            lists[peer].append(message)
+        else:
+            lists[peer] = [message]
+    for peer, messages in lists.items():
+        batch = batch_of(messages, peer.wire)
+        if batch is not None:
+            yield peer, batch
 
 
 def spread(target: Target, messages: list[Message], exclude: Except) -> Iterator[tuple[Peer, Batch]]:

@@ -99,6 +99,10 @@ def quote(tats: Tats | None, limit: RateLimit, now: float, amount: int = 1) -> t
 
     ``tats`` is the state kept last time, None for a rested bucket. All rates of ``limit`` must agree.
     """
+    if len(limit.rates) == 1:  # as nearly all have: no loop, for it is asked for every message
+        interval, tolerance = limit.rates[0]
+        _, next_tat, later = gcra(-math.inf if tats is None else tats[0], now, interval, tolerance, amount)
+        return later, (next_tat,)
     wait, after = 0.0, []
     for tat, (interval, tolerance) in zip(tats or (-math.inf,) * len(limit.rates), limit.rates, strict=True):
         _, next_tat, later = gcra(tat, now, interval, tolerance, amount)
@@ -179,9 +183,10 @@ class Meter:
     process mean the same budgets.
     """
 
-    __slots__ = ("_places",)
+    __slots__ = ("_places", "per_user")
 
     def __init__(self, name: str, limits: Sequence[RateLimit]) -> None:
+        self.per_user: bool = any(limit.per == "user" for limit in limits)  # else nobody need know whose it is
         self._places = [
             (limit, f"{name}:{number}:{limit.per}:", get_args(Per).index(limit.per))
             for number, limit in enumerate(limits)
@@ -196,6 +201,12 @@ class Meter:
         A limit per user or address is passed over where there is none (None). ``math.inf``: never.
         """
         subjects, wait, taken = ("", user, ip), 0.0, []
+        if len(self._places) == 1 and not self._places[0][2]:  # one for the connection: what most places have
+            limit, key, _ = self._places[0]
+            wait, tats = quote(own.get(key), limit, now, limit.amount(size))
+            if not wait:
+                own[key] = tats
+            return wait
         for limit, prefix, which in self._places:
             if (subject := subjects[which]) is None:
                 continue

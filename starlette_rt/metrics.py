@@ -7,7 +7,7 @@ Methods are called on the loop's thread and must neither block nor raise.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 
 class Metrics:
@@ -51,7 +51,7 @@ class Counters(Metrics):
     """Counts every fact since it was made; ``totals`` has a name for each, dotted where it has a code."""
 
     def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
+        self.totals: defaultdict[str, int] = defaultdict(int)  # a `Counter` takes five times as long for one more
 
     def connected(self) -> None:
         self.totals["connected"] += 1

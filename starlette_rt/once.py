@@ -73,7 +73,7 @@ async def _ended(ledger: Ledger, key: str) -> Claim:
 
 async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], rerun: bool) -> Any:
     """Run, and leave a verdict whatever happens."""
-    verdict: bytes | None = None if rerun else refusal(UNKNOWN)
+    verdict: bytes | None = None if rerun else NOBODY_KNOWS
     token = ORIGIN.set(Origin(key))
     try:
         result = await run()
@@ -102,6 +102,9 @@ def verdict_of(error: Exception) -> bytes | None:
 def refusal(error: EventError) -> bytes:
     """Return the answer that says ``error``."""
     return bytes(PACKED.raw({"code": printable(error.code), "message": printable(error.message)}))
+
+
+NOBODY_KNOWS = refusal(UNKNOWN)
 
 
 def answer_of(answer: bytes) -> Any:

@@ -33,6 +33,10 @@ class Carrier(Protocol):
 class Listener(Protocol):
     """What a seam tells the connection above it. All calls are synchronous and must not raise."""
 
+    def on_message(self, raw: str | bytes) -> bool:
+        """Take a message that came with nothing before it in the server's queue; false: put it there."""
+        ...
+
     def on_pause(self) -> None:
         """Hand over nothing more until ``on_resume``; said again when a part of a payload has gone."""
 

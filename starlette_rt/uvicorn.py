@@ -55,7 +55,7 @@ RELIES_ON: Mapping[str, str] = {
     "run_asgi": "close_timer",
     "send": "disconnected close_sent",
     "send_keepalive_ping": "keepalive_timeout",
-    "send_receive_event_to_app": "frames curr_msg_data_type",
+    "send_receive_event_to_app": "frames curr_msg_data_type close_sent queue",
     "shutdown": "close_sent close_timer",
 }
 ADDS = ("abort", "attach", "carrier", "close", "deafen", "write")
@@ -203,9 +203,18 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         return cast("CoroutineType[Any, Any, None]", super().run_asgi())
 
     def send_receive_event_to_app(self) -> None:
-        """Close with 1007 what is no UTF-8, where uvicorn logs a traceback; nothing if it is closing anyway."""
+        """Hand a message to the listener, if it is its turn and wants it; else to the queue, as uvicorn does.
+
+        Close with 1007 what is no UTF-8, where uvicorn logs a traceback; nothing if it is closing anyway.
+        """
         if self.curr_msg_data_type == "bytes" or _is_text(self.frames):
-            return super().send_receive_event_to_app()
+            if self._listener is None or self.close_sent or not self.queue.empty():
+                return super().send_receive_event_to_app()
+            data = b"".join(self.frames)
+            if not self._listener.on_message(data.decode() if self.curr_msg_data_type == "text" else data):
+                return super().send_receive_event_to_app()
+            self.frames = []
+            return
         self.frames: list[bytes] = []
         if self.conn.state is State.OPEN:
             self.conn.send_close(1007)

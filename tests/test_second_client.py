@@ -1301,7 +1301,7 @@ async def messages_have_bounds(make: Make) -> None:
 async def who_keeps_being_refused_is_closed(make: Make) -> None:
     async with make() as client:
         await client.connected()
-        for _ in range(100):
+        for _ in range(52):  # what is sent after the Close may cost the client its reading of it
             try:
                 await client.send({"type": "event", "event": "zzz"})
             except Lost:

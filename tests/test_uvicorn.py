@@ -60,6 +60,9 @@ class Ear:
         self.resumed = threading.Event()
         self.closing: Callable[[int], None] = lambda code: None
 
+    def on_message(self, raw: str | bytes) -> bool:
+        return False  # the application reads
+
     def on_pause(self) -> None:
         self.told.append("pause")
 

@@ -320,7 +320,8 @@ class V1(ABC):
             raise ProtocolError("unsupported", f"{self.name} is spoken in {kind} messages")
         if len(raw) > self.short:
             self._check(raw)
-        return [self._checked(frame) for frame in self._client.read(raw)]
+        got = self._client.read(raw)
+        return [self._checked(got[0])] if len(got) == 1 else [self._checked(frame) for frame in got]
 
     def _checked(self, frame: Any) -> Any:
         """Return ``frame``, or a `Malformed` if a field is beyond its bound.

@@ -54,7 +54,7 @@ export interface Options {
   token?: string | (() => string | null | undefined | Promise<string | null | undefined>);
   /** Speak MessagePack with this codec instead of JSON. */
   codec?: Codec;
-  /** Keep the queue across a reload, for example in `localStorage`. */
+  /** Keep the queue across a reload and a `close`, for example in `localStorage`. */
   storage?: Storage;
   /** 22 to 64 characters of `A-Z a-z 0-9 _ -`; by default made once per tab. A secret. */
   session?: string;
@@ -100,12 +100,15 @@ export interface Realtime {
   readonly identity: string | null;
   readonly session: string;
   readonly connection: string | null;
-  /** Milliseconds of a round trip, smoothed; null until there was one. */
+  /** Milliseconds from a request to its answer, the server's work included, smoothed; null until there was one. */
   readonly latency: number | null;
   /** How many events are queued or unanswered. */
   readonly pending: number;
 
-  /** Resolves with what the server's handler returned; rejects with a RealtimeError. */
+  /**
+   * Resolves with what the server's handler returned; rejects with a RealtimeError, or with what was thrown where the
+   * data cannot be said at all. In the state `closed` nothing is taken any more, nor kept: it rejects with `closed`.
+   */
   emit(event: string, data?: unknown, options?: EmitOptions): Promise<any>;
   /** Events of any group, and those for this client alone. */
   on(event: string, fn: (data: any, meta: Meta) => unknown): Off;
@@ -123,6 +126,7 @@ export interface Realtime {
 
   /** Try now, also from "closed"; an open connection is given up for a new one. */
   reconnect(): void;
+  /** What is not answered rejects with `closed`; with a storage it is kept there and goes on after `reconnect`. */
   close(): void;
 }
 
@@ -170,7 +174,7 @@ export interface Group {
   onPresence(
     fn: (change: { joins: Map<string, Member>; leaves: Map<string, Member>; count: number | null }) => unknown,
   ): Off;
-  /** Be present with these facts, also after a reconnect. */
+  /** Be present with these facts, also after a reconnect. Rejects where that, or the join, is refused. */
   track(meta: Record<string, unknown>): Promise<any>;
   update(meta: Record<string, unknown>): Promise<any>;
   untrack(): Promise<any>;
@@ -181,7 +185,7 @@ export interface Group {
   onRecover(fn: (recovery: Recovery & { reason: "join" | "reset" | "left" }) => unknown): Off;
   /** Leaves when what was emitted here is answered. */
   leave(): Promise<void>;
-  /** Refused, or taken out, for good. */
+  /** Refused (`forbidden`, `too_many_groups`, …), or taken out, for good. */
   onLeft(fn: (code: string) => unknown): Off;
 }
 

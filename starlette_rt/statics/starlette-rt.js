@@ -196,7 +196,7 @@ class Lane {
       client._after(this.name, wait, () => client._pump());
       return;
     }
-    let room = client._room(now);
+    let room = client._room();
     if (room < 1 && client._faults.length) {
       client._after(this.name, client._faults[0] + FORGIVEN - now, () => client._pump());
     }
@@ -728,8 +728,7 @@ class Realtime {
   }
 
   /** How many more requests may be unanswered, if all that are should be refused. */
-  _room(now) {
-    this._faults = this._faults.filter((at) => at > now - FORGIVEN);
+  _room() {
     const flying = this._unanswered.size;
     const room = Math.min(this._window, REFUSALS - this._faults.length) - flying;
     return flying ? room : Math.max(1, room);
@@ -737,8 +736,8 @@ class Realtime {
 
   /** When the next request may go, after so many refusals that the server might lose its patience. */
   _breather(now) {
-    const faults = this._faults.filter((at) => at > now - FORGIVEN);
-    return faults.length < REFUSALS + 12 ? 0 : faults[0] + FORGIVEN;
+    this._faults = this._faults.filter((at) => at > now - FORGIVEN);
+    return this._faults.length < REFUSALS + 12 ? 0 : this._faults[0] + FORGIVEN;
   }
 
   /** Count a refusal as the server does: not if we waited as long as it had asked for. */

@@ -366,6 +366,22 @@ test("a refusal for good is told once, and the group is not asked for again", as
   assert.deepEqual(it.socket.frames(), []);
 });
 
+test("one group too many is refused for good, at the first join and after a reconnect", async () => {
+  for (const first of [true, false]) {
+    const it = first ? await open() : await inside(5);
+    if (first) {
+      it.group = it.rt.join("g");
+      listen(it);
+      await settle();
+    } else await comeBack(it);
+    it.socket.say(error(it.socket.frames()[0], "too_many_groups"));
+    assert.deepEqual(it.lefts, ["too_many_groups"]);
+    if (first) await assert.rejects(it.group.ready, { code: "too_many_groups" });
+    await it.clock.pass(60_000);
+    assert.deepEqual(it.socket.frames().filter(({ type }) => type === "join"), []);
+  }
+});
+
 test("the first join that is refused rejects `ready`, without noise where nobody looks", async () => {
   const it = await open();
   const group = it.rt.join("g");
@@ -534,6 +550,84 @@ test("leaving is said, ends what we hear, and is not taken back by a reconnect",
   assert.equal(it.group.joined, false);
   await comeBack(it);
   assert.deepEqual(it.socket.frames(), []);
+});
+
+test("what is under way while a leave is not answered is ignored, also after a new join, and what follows is not", async () => {
+  for (const rejoins of [false, true]) {
+    const it = await inside(null);
+    const heard = [];
+    it.rt.on("said", (data) => heard.push(data));
+    it.rt.on("notice", (data) => heard.push(data));
+    it.group.onPresence(() => heard.push("presence"));
+    it.group.leave();
+    const again = rejoins ? it.rt.join("g") : null;
+    again?.onRecover(({ reason }) => heard.push(reason));
+    again?.onWhisper("typing", () => heard.push("whisper"));
+    await settle();
+    const [leave, join] = it.socket.frames();
+    it.socket.say(
+      said(undefined, { data: "old" }),
+      { type: "joined", group: "g", position: null },
+      { type: "whisper", group: "g", event: "typing", from: "bob" },
+      { type: "presence_count", group: "g", count: 3 },
+      { type: "left", group: "g", code: "left", rejoin: false },
+      said(undefined, { data: "other", group: "h" }),
+      { type: "event", event: "notice", data: "mine" },
+    );
+    assert.deepEqual(heard, ["other", "mine"]);
+    assert.equal(it.rt.group("g").joined, false);
+    it.socket.say(reply(leave));
+    it.socket.say(said(undefined, { data: "new" }));
+    if (rejoins) it.socket.say(joined(join, null));
+    await settle();
+    assert.deepEqual(heard, rejoins ? ["other", "mine", "join", "new"] : ["other", "mine", "new"]);
+  }
+});
+
+test("a question of the server is answered also if it names a group that is being left", async () => {
+  const it = await inside(5);
+  it.rt.answer("confirm", () => true);
+  it.group.leave();
+  await settle();
+  it.socket.frames();
+  it.socket.say({ type: "event", event: "confirm", group: "g", ref: 3 });
+  await settle();
+  assert.deepEqual(it.socket.frames(), [{ type: "reply", ref: 3, data: true }]);
+});
+
+test("a leave that was skipped is said again, before the join behind it, and is not over until it is answered", async () => {
+  const it = await inside(null);
+  it.rt.join("h");
+  const left = it.group.leave();
+  const again = it.rt.join("g");
+  await settle();
+  const [h, ...rest] = it.socket.frames();
+  assert.deepEqual(rest.map(({ type }) => type), ["leave", "join"]);
+  it.socket.say(error(h, "rate_limited", 200), ...rest.map((frame) => error(frame, "skipped")));
+  it.socket.say(said(undefined, { data: "still ignored" }));
+  assert.equal(await outcome(left), "pending");
+  await it.clock.pass(200);
+  it.socket.say(joined(it.socket.frames()[0], null));
+  await settle();
+  const [leave, join] = it.socket.frames();
+  assert.deepEqual([leave, join].map(({ type, group }) => [type, group]), [["leave", "g"], ["join", "g"]]);
+  it.socket.say(reply(leave), joined(join, null));
+  await left;
+  assert.equal((await again.ready).recovered, true);
+});
+
+test("leaving twice is leaving once: it does not end what was joined in between", async () => {
+  const it = await inside(5);
+  it.group.leave();
+  const again = it.rt.join("g");
+  await settle();
+  const [leave, join] = it.socket.frames();
+  it.socket.say(reply(leave), joined(join, 5));
+  await settle();
+  await it.group.leave();
+  await settle();
+  assert.deepEqual(it.socket.frames(), []);
+  assert.equal(again.joined, true);
 });
 
 test("what was emitted in a group is answered before it is left, also across a reconnect", async () => {

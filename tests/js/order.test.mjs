@@ -56,11 +56,24 @@ test("a client that sent all again at once would be closed by this server", asyn
   const WebSocket = sockets((socket) => it.server.accept(socket));
   const socket = new WebSocket("ws://test/ws", ["rt.v1.json"]);
   await clock.pass(100);
-  while (socket.closed === null) {
-    socket.send(JSON.stringify(numbers(32).map((n) => ({ type: "event", event: "say", id: `x${n}`, ref: n }))));
+  for (let round = 0; round < 10 && socket.closed === null; round++) {
+    for (const n of numbers(32)) socket.send(JSON.stringify({ type: "event", event: "say", id: `x${n}`, ref: n }));
     await clock.pass(100);
   }
   assert.deepEqual(it.server.closed, [4502]);
+});
+
+test("single events in flight that meet a limit together are fewer than what this server bears", async () => {
+  const clock = new Clock();
+  const it = await pair(clock, { limit: { burst: 1, per: 500 }, window: 200, delay: () => 400 });
+  const answers = [];
+  for (const n of numbers(200)) {
+    answers.push(it.sender.emit("say", n));
+    await clock.pass(2);
+  }
+  await finish(it, clock, 200);
+  assert.deepEqual(await Promise.all(answers), numbers(200));
+  assert.deepEqual(it.server.closed, []);
 });
 
 test("500 events that are all refused for good are told to their callers, and the connection stays", async () => {

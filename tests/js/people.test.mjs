@@ -232,6 +232,48 @@ test("what was untracked, or refused, is not said again", async () => {
   assert.deepEqual(bare(it.socket.frames()), [{ type: "join", group: "g", presence: "members" }]);
 });
 
+test("who tracks in a group that refuses the join is told so", async () => {
+  const it = await open();
+  const tracked = it.rt.join("g").track({ n: 1 });
+  await settle();
+  const [join, track] = it.socket.frames();
+  it.socket.say(error(join, "forbidden"), error(track, "not_joined"));
+  await assert.rejects(tracked, { code: "not_joined" });
+});
+
+test("presence that is refused when it is said again after a loss rejects nothing that nobody has", async (t) => {
+  const unhandled = [];
+  const note = (failure) => unhandled.push(failure);
+  process.on("unhandledRejection", note);
+  t.after(() => process.off("unhandledRejection", note));
+  const refusals = [
+    (frames) => [error(frames[0], "forbidden"), error(frames[1], "not_joined")],
+    (frames) => [reply(frames[0], { position: null, recovered: true, events: [] }), error(frames[1], "forbidden")],
+  ];
+  for (const refuse of refusals) {
+    const it = await inside();
+    it.group.track({ n: 1 });
+    await settle();
+    it.socket.say(reply(it.socket.frames()[0]));
+    await comeBack(it);
+    it.socket.say(refuse(it.socket.frames()));
+    await settle();
+    await comeBack(it);
+    assert.ok(!it.socket.frames().some(({ type }) => type === "track"));
+    it.rt.close();
+  }
+  await settle();
+  assert.deepEqual(unhandled, []);
+});
+
+test("a meta that cannot be said is refused alone, and is not said again", async () => {
+  const it = await inside();
+  await assert.rejects(it.group.track({ n: 1n }), TypeError);
+  await assert.rejects(it.group.update(() => {}), TypeError);
+  await comeBack(it);
+  assert.deepEqual(it.socket.frames().map(({ type }) => type), ["join"]);
+});
+
 test("a track that is refused for now is said again", async () => {
   const it = await inside();
   const said = it.group.track({ n: 1 });

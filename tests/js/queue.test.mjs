@@ -243,33 +243,33 @@ test("a client that must be careful goes on when its refusals are forgiven, also
   assert.ok(it.socket.frames().length > 0, `${before} before`);
 });
 
-test("the refusals that a client risks stay below what a server bears", async () => {
+/** When each of 200 events was answered by a server that answers all of them with one error. */
+async function refusedWith(code) {
   const it = await open({ welcome: { window: 200 } });
   emits(it, ...Array.from({ length: 200 }, (_, n) => n));
   const at = [];
-  for (let round = 0; round < 1000; round++) {
+  for (let round = 0; round < 3000; round++) {
     await it.clock.pass(20);
     for (const frame of it.socket.frames()) {
-      it.socket.say(error(frame, "not_joined"));
+      it.socket.say(error(frame, code));
       at.push(it.clock.time);
     }
   }
-  assert.ok(at.length >= 80, `${at.length} of them`);
-  for (const time of at) assert.ok(at.filter((other) => other > time - 10_000 && other <= time).length < 50);
+  return at;
+}
+
+test("refusals for good, the protocol's or the application's, stay below what a server bears", async () => {
+  for (const code of ["not_joined", "too_many_groups", "declined", "http_404"]) {
+    const at = await refusedWith(code);
+    assert.equal(at.length, 200);
+    for (const time of at) assert.ok(at.filter((other) => other > time - 10_000 && other <= time).length < 50);
+  }
 });
 
-test("a refusal of the application is no fault: it slows nothing down", async () => {
-  const it = await open();
-  emits(it, ...Array.from({ length: 200 }, (_, n) => n));
-  let count = 0;
-  for (let round = 0; round < 20; round++) {
-    await settle();
-    for (const frame of it.socket.frames()) {
-      it.socket.say(error(frame, "declined"));
-      count += 1;
-    }
-  }
-  assert.equal(count, 200);
+test("a bug of the server's is no refusal: it slows nothing down", async () => {
+  const at = await refusedWith("internal");
+  assert.equal(at.length, 200);
+  assert.ok(at.at(-1) - at[0] < 1000);
 });
 
 test("a server that was asked too much is asked less after the reconnect", async () => {
@@ -568,6 +568,39 @@ test("an entry of the storage that cannot be read is dropped and told", async (t
   assert.equal(it.rt.pending, 0);
   assert.equal(storage.length, 0);
   assert.equal(reported.length, 1);
+});
+
+test("closed takes nothing any more: it is refused, not kept, and not said after a reconnect", async () => {
+  for (const extra of [stored(new MemoryStorage()), {}]) {
+    const it = await open(extra);
+    const [before] = emits(it, "before");
+    it.rt.close();
+    const [after] = emits(it, "after");
+    const tracked = it.rt.group("g").track({});
+    assert.deepEqual([(await outcome(before)).code, (await outcome(after)).code], ["closed", "closed"]);
+    assert.equal((await outcome(tracked)).code, "closed");
+    assert.equal(it.rt.pending, 0);
+    assert.equal(extra.storage?.length, extra.storage && 1);
+    it.rt.reconnect();
+    await settle();
+    await welcome(it);
+    assert.deepEqual(data(it.socket.frames()), extra.storage ? ["before"] : []);
+  }
+});
+
+test("what a full storage did not take is not called kept", async (t) => {
+  globally(t, "reportError", () => {});
+  const storage = new MemoryStorage();
+  storage.setItem = () => {
+    throw new Error("quota");
+  };
+  const it = await open(stored(storage));
+  const [sent] = emits(it, 1);
+  await settle();
+  const [unsent] = emits(it, 2);
+  it.rt.close();
+  assert.equal((await outcome(sent)).code, "outcome_unknown");
+  assert.match((await outcome(unsent)).message, /not answered/);
 });
 
 test("what is closed with a storage is kept in it, and goes on after a reconnect", async () => {
