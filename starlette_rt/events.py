@@ -189,6 +189,12 @@ def handler_of(function: Callable[..., Any], options: EventOptions, cls: type) -
         raise ConfigurationError(f"{name} is not async; write `async def {function.__name__}(…)`")
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())[1:]
+    if any(each.name == "websocket" for each in parameters):
+        raise ConfigurationError(
+            f"{name}: a typed handler gets no websocket; write `(self, data)` or `(self, data, group)`"
+        )
+    if next(iter(signature.parameters), None) in ("data", "group"):
+        raise ConfigurationError(f"{name} has no `self`; write `async def {function.__name__}(self, …)`")
     group = next((each for each in parameters if each.name == "group"), None)
     others = [each for each in parameters if each is not group]
     if required := [each for each in others[1:] if each.default is each.empty and each.kind is not each.VAR_KEYWORD]:

@@ -476,3 +476,18 @@ def test_a_model_reads_the_raw_data_of_a_frame() -> None:
     decoder = decoder_for(Model, "app.Chat")
     assert decoder.decode(msgspec.Raw(b'{"text":"hi"}')) == Model(text="hi")
     assert decoder.decode_msgpack(msgspec.Raw(msgspec.msgpack.encode({"text": "hi"}))) == Model(text="hi")
+
+
+def test_a_typed_handler_with_a_websocket_or_without_self_is_told_what_to_write() -> None:
+    class Sockets:
+        @event("say")
+        async def say(self, websocket: Any, data: Any) -> None: ...
+
+    class Selves:
+        @event("say")
+        async def say(data: Any, group: str) -> None: ...  # type: ignore[misc]
+
+    with pytest.raises(ConfigurationError, match=r"gets no websocket; write `\(self, data\)`"):
+        handlers_of(Sockets)
+    with pytest.raises(ConfigurationError, match=r"has no `self`; write `async def say\(self, …\)`"):
+        handlers_of(Selves)
