@@ -17,7 +17,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 import starlette_rt
-from starlette_rt import Identity, Realtime, RealtimeEndpoint, RealtimeMiddleware, TokenSigner
+from starlette_rt import History, Identity, Realtime, RealtimeEndpoint, RealtimeMiddleware, TokenSigner, event
 from starlette_rt.testing import connect
 
 
@@ -76,6 +76,42 @@ def two_people_chat() -> None:
     asyncio.run(scene())
 
 
+def an_event_is_acknowledged_and_what_was_missed_is_recovered() -> None:
+    class Chat(RealtimeEndpoint):
+        anonymous = True
+
+        async def authorize(self, group: str) -> bool:
+            return True
+
+        @event("say")
+        async def say(self, data: str, group: str) -> int:
+            published = await self.broadcast(group, data, "said")
+            assert published.position is not None
+            return published.position.offset
+
+    rt = Realtime(history={"lobby": History(10, 60)})
+    app = Starlette(routes=[WebSocketRoute("/ws", Chat)], middleware=[Middleware(RealtimeMiddleware, realtime=rt)])
+
+    async def scene() -> None:
+        async with connect(app, "/ws", subprotocols=["rt.v1.json"]) as client:
+            assert (await client.receive_json())["type"] == "welcome"
+            await client.send_json({"type": "join", "ref": 1, "group": "lobby"})
+            place = (await client.receive_json())["data"]["position"]
+            await client.send_json({"type": "event", "ref": 2, "event": "say", "group": "lobby", "data": "hello"})
+            said, answered = await client.receive_json()
+            assert (said["data"], answered) == ("hello", {"type": "reply", "ref": 2, "data": 1})
+            await client.send_json({"type": "join", "ref": 3, "group": "lobby", "position": place})
+            assert (await client.receive_json())["data"]["events"] == [said]
+
+    asyncio.run(scene())
+
+
+def the_client_for_browsers_came_along() -> None:
+    statics = importlib.resources.files(starlette_rt).joinpath("statics")
+    assert all(statics.joinpath(f"starlette-rt.{kind}").is_file() for kind in ("js", "d.ts"))
+    assert Realtime().static() is not None
+
+
 def main() -> None:
     every_promised_name_is_there()
     it_is_the_installed_package_and_nothing_else_came_along()
@@ -83,6 +119,8 @@ def main() -> None:
     a_token_is_signed_and_verified()
     a_broadcast_without_any_app()
     two_people_chat()
+    an_event_is_acknowledged_and_what_was_missed_is_recovered()
+    the_client_for_browsers_came_along()
     print(f"starlette-rt {importlib.metadata.version('starlette-rt')} is installed and works")
 
 
