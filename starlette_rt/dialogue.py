@@ -143,7 +143,8 @@ class Volley:
     __slots__ = ("full", "stopped")
 
     def __init__(self) -> None:
-        self.full = self.stopped = False
+        self.full: bool = False
+        self.stopped: bool = False
 
 
 class Request(NamedTuple):
@@ -168,7 +169,7 @@ class Call:
     __slots__ = ("answer", "arrived")
 
     def __init__(self) -> None:
-        self.arrived = anyio.Event()
+        self.arrived: anyio.Event = anyio.Event()
         self.answer: Reply | Error | None = None
 
 

@@ -44,7 +44,9 @@ class Heartbeats:
             raise ConfigurationError("ping_timeout is a number of seconds, greater than 0 and at most ping_interval")
         if idle is not None and not idle > 0:
             raise ConfigurationError("idle_timeout is a number of seconds, greater than 0, or None")
-        self.interval, self.timeout, self.idle = interval, timeout, idle
+        self.interval: float = interval
+        self.timeout: float = timeout
+        self.idle: float | None = idle
         self._wheel: dict[int, dict[Patient, None]] = {}
         self._turned: int | None = None
 

@@ -86,8 +86,17 @@ async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], re
         raise
     finally:
         ORIGIN.reset(token)
+        await conclude(ledger, key, verdict)
+
+
+async def conclude(ledger: Ledger, key: str, verdict: bytes | None) -> None:
+    """Keep the verdict, or let the next one be first; also for one that is cancelled meanwhile."""
+    try:
+        await (ledger.release(key) if verdict is None else ledger.settle(key, verdict, ONCE))
+    except BaseException:  # a scope around the first attempt would cost as much as the rest
         with anyio.CancelScope(shield=True):
             await (ledger.release(key) if verdict is None else ledger.settle(key, verdict, ONCE))
+        raise
 
 
 def verdict_of(error: Exception) -> bytes | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
 
@@ -141,6 +142,36 @@ async def test_what_was_cancelled_has_no_known_end_unless_it_may_run_again(rerun
         assert await once(ledger, "k", Counted("again"), rerun=True) == "again"
     else:
         assert await refused(ledger, Counted()) == "outcome_unknown"
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+async def test_a_verdict_stands_also_where_its_keeping_is_cancelled(rerun: bool) -> None:
+    class Slow(MemoryLedger):
+        async def settle(self, key: str, answer: bytes, ttl: float) -> None:
+            await checkpoint()
+            await super().settle(key, answer, ttl)
+
+        async def release(self, key: str) -> None:
+            await checkpoint()
+            await super().release(key)
+
+    ledger = Slow()
+    with anyio.CancelScope() as scope:
+
+        async def cancelled() -> str:
+            scope.cancel()
+            return "done"
+
+        await once(ledger, "done", cancelled, rerun=rerun)
+    assert await once(ledger, "done", Counted("again"), rerun=rerun) == "done"
+    with anyio.CancelScope() as scope:
+
+        async def refused_for_now() -> str:
+            scope.cancel()
+            raise EventError("later", retry_after=1)
+
+        await once(ledger, "later", refused_for_now, rerun=rerun)
+    assert await once(ledger, "later", Counted("again"), rerun=rerun) == "again"
 
 
 async def test_a_repetition_waits_for_what_is_running() -> None:

@@ -99,7 +99,7 @@ def inside(values: list[Any]) -> list[Any]:
 
 PLAIN_TYPES = frozenset({type(None), bool, int, float, str, bytes})
 
-check_offset = within("position.offset", 0, MAX_INT)
+check_offset: Callable[[int], None] = within("position.offset", 0, MAX_INT)
 
 BOUNDS: dict[str, Callable[[Any], None]] = {
     "event": check_event,

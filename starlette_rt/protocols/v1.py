@@ -130,7 +130,7 @@ class Head(msgspec.Struct, frozen=True):
 Kinds = tuple[type[msgspec.Struct], ...]
 
 FROM_CLIENT: Kinds = (*(set(get_args(ClientFrame)) - {frames.Reply, frames.Error}), Answered, Declined)
-SPELLED_BY_HAND = {frames.Event, frames.Skip, frames.Raw, frames.Recovery, frames.Reply}
+SPELLED_BY_HAND: set[type] = {frames.Event, frames.Skip, frames.Raw, frames.Recovery, frames.Reply}
 FROM_SERVER: Kinds = (*(set(get_args(ServerFrame)) - SPELLED_BY_HAND), Answered, Heard)
 
 # Data that is not said at all: msgspec leaves a default out by its identity.
@@ -423,7 +423,7 @@ class Json(V1):
 
     binary = False
     short = 2 * MAX_ELEMENTS  # of which one is a comma
-    null = msgspec.Raw(b"null")
+    null: msgspec.Raw = msgspec.Raw(b"null")
 
     def __init__(self) -> None:
         super().__init__("rt.v1.json", "JSON", msgspec.json, {"meta": check_levels})
@@ -457,7 +457,7 @@ class MessagePack(V1):
 
     binary = True
     short = MAX_ELEMENTS
-    null = msgspec.Raw(b"\xc0")
+    null: msgspec.Raw = msgspec.Raw(b"\xc0")
 
     def __init__(self) -> None:
         super().__init__("rt.v1.msgpack", "MessagePack", msgspec.msgpack, {"meta": check_plain})
