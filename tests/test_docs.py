@@ -34,7 +34,7 @@ from starlette_rt import CloseCode, Identity, Realtime, RealtimeEndpoint, Realti
 from starlette_rt.admission import SERVER_LOGGERS
 from starlette_rt.frames import Error, PresenceCount, PresenceDiff, PresenceState
 from starlette_rt.protocols.plain import PLAIN
-from starlette_rt.testing import Client, Closed, Refused, connect
+from starlette_rt.testing import Client, Closed, Refused, connect, lifespan
 from tests.floors import FLOORS
 from tests.readme import README, first_block
 
@@ -295,6 +295,62 @@ async def test_the_app_of_the_limits_page_answers_as_its_frames_say_and_closes_w
         assert await client.closed() == CloseCode.RATE_LIMITED
     (limited,) = {json.dumps({**frame, "retry_after_ms": 0}) for frame in said if isinstance(frame, dict)}
     assert json.loads(limited) == {**json.loads(wanted[0]), "retry_after_ms": 0}
+
+
+async def frames(client: Client, count: int) -> list[Any]:
+    """The next frames of the protocol v1, however they are batched."""
+    heard: list[Any] = []
+    while len(heard) < count:
+        said = await client.receive_json()
+        heard += said if isinstance(said, list) else [said]
+    return heard
+
+
+async def test_a_page_that_was_rendered_with_a_position_misses_nothing_after_it(run: Any) -> None:
+    board = run(program("history", "app.py"))
+    async with lifespan(board.app), http(board.app) as client:
+        await board.rt.broadcast("board:7", [1.0], "stroke")
+        html = (await client.get("/")).text
+        assert "1 strokes so far" in html
+        (position,) = re.findall(r"position: (\{.*?\})", html)
+        await board.rt.broadcast("board:7", [2.0], "stroke")  # after the page was rendered, before it has connected
+        async with connect(board.app, "/ws", subprotocols=["rt.v1.json"]) as page:
+            assert (await page.receive_json())["type"] == "welcome"
+            join = {"type": "join", "ref": 1, "group": "board:7", "position": json.loads(position)}
+            await page.send_json(join)
+            found = (await page.receive_json())["data"]
+            assert (found["recovered"], [each["data"] for each in found["events"]]) == (True, [[2.0]])
+            await page.send_json({"type": "event", "ref": 2, "event": "draw", "group": "board:7", "data": [3]})
+            said, answered = await frames(page, 2)
+            assert (said["event"], said["data"], answered["data"]) == ("stroke", [3.0], 3)
+
+
+async def test_the_app_of_the_events_page_books_seats_and_asks_before_it_cancels(run: Any) -> None:
+    hall = run(program("events", "app.py"))
+    async with connect(hall.app, "/ws", subprotocols=["rt.v1.json"]) as client:
+        await client.receive_json()
+        book = {"type": "event", "event": "book", "group": "hall:7"}
+        await client.send_json(
+            [{"type": "join", "ref": 1, "group": "hall:7"}, {**book, "ref": 2, "data": {"row": "front"}}]
+        )
+        _, booked, answer = await frames(client, 3)
+        assert (booked["data"], answer["data"]) == ({"row": "front", "left": 1}, {"left": 1})
+        await client.send_json({**book, "ref": 3, "data": {"row": "front", "count": 5}})
+        assert (await client.receive_json())["code"] == "full"
+        await client.send_json({**book, "ref": 4, "data": {"count": 5}})
+        assert (await client.receive_json())["message"].startswith("Object missing required field `row`")
+        await client.send_json({"type": "event", "ref": 5, "event": "cancel_all"})
+        assert (await client.receive_json())["code"] == "forbidden"
+
+
+async def test_the_function_of_the_events_page_hands_events_on(run: Any) -> None:
+    echo = run(program("events", "echo.py"))
+    async with connect(echo.app, "/ws", subprotocols=["rt.v1.json"]) as client:
+        await client.receive_json()
+        await client.send_json({"type": "join", "ref": 1, "group": "board:1"})
+        await client.receive_json()
+        await client.send_json({"type": "event", "ref": 2, "event": "line", "group": "board:1", "data": [1]})
+        assert {frame["type"] for frame in await frames(client, 2)} == {"event", "reply"}
 
 
 # Tables
