@@ -34,6 +34,7 @@ from starlette_rt import (
 from starlette_rt import connection as module
 from starlette_rt.connection import Connection
 from starlette_rt.outbox import OutboxLimits
+from starlette_rt.seams import SEAM_EXTENSION, SendSeam
 from starlette_rt.testing import Client, Closed, Refused, connect, lifespan
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -1266,3 +1267,68 @@ async def test_what_the_host_spelled_itself_is_an_event_to_who_speaks_the_protoc
     raw = "cmF3" if protocol == "rt.v1.json" else b"raw"
     assert [frame.get("data") for frame in frames] == [None, {"a": 1}, "no json", raw]
     assert {frame["event"] for frame in frames[1:]} == {"message"}
+
+
+# Where the server hands a message over itself
+
+
+class Direct(SendSeam):
+    """A seam whose server can hand over a message without a turn of the reader, as our class for uvicorn can."""
+
+    def __init__(self, send: Any, spawn: Any, receive: Any) -> None:
+        super().__init__(send, spawn)
+        self.take = receive
+
+    async def receive(self) -> Any:
+        return await self.take()
+
+
+def handed_over(stage: list[Stage]) -> Callable[[ASGIApp], ASGIApp]:
+    def wrapped(app: ASGIApp) -> ASGIApp:
+        async def served(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "websocket":
+                seam = Direct(send, stage[0].rt.tasks.spawn, receive)
+                scope["extensions"] = {**scope["extensions"], SEAM_EXTENSION: seam}
+                receive = seam.receive
+            await app(scope, receive, send)
+
+        return served
+
+    return wrapped
+
+
+async def test_a_message_that_the_server_hands_over_is_handled_without_the_reader() -> None:
+    gate, stages = anyio.Event(), list[Stage]()
+
+    async def connected(endpoint: Any, websocket: WebSocket) -> None:
+        assert not endpoint.connection.on_message('"too early"')
+        endpoint.connection.ping()
+        await websocket.accept()
+
+    async def received(endpoint: Any, data: Any) -> None:
+        if data == "wait":
+            await gate.wait()
+
+    stages.append(stage := Stage(connected=connected, received=received, wrapped=handed_over(stages)))
+    async with stage.open() as client:
+        await until(lambda: bool(stage.connections) and stage.connections[0].is_open)
+        (connection,) = stage.connections
+        assert connection.on_message('"one"')
+        assert connection.on_message(b'"two"')
+        await until(lambda: stage.heard == ["one", "two"])
+        assert connection.on_message('"wait"')
+        await turns()
+        for _ in range(module.MAX_INBOX - 1):  # plain, so there is no window
+            assert connection.on_message("1")
+        assert not connection.on_message('"the reader is to hold it back"')
+        gate.set()
+        await until(lambda: len(stage.heard) == 3 + module.MAX_INBOX - 1)
+        connection.begin_close(4321)
+        assert not connection.on_message('"too late"')
+        assert await client.closed() == 4321
+
+
+async def test_where_somebody_stands_between_the_server_and_us_the_reader_takes_every_message() -> None:
+    stage = Stage()
+    async with stage.open():
+        assert not stage.connections[0].on_message('"past whoever wraps receive"')

@@ -1151,10 +1151,6 @@ class Group {
       return;
     }
     const join = { asked: null, held: [], flying: false, broken: false, again: false, fallback: null };
-    const waits = () => {
-      join.flying = false;
-      this._release(join);
-    };
     this._joining = join;
     join.item = {
       kind: "join",
@@ -1170,8 +1166,10 @@ class Group {
         join.asked = this._position;
         join.flying = true;
       },
-      refused: waits,
-      lost: waits,
+      refused: () => {
+        join.flying = false;
+        this._release(join);
+      },
       settle: (error, data) => (this._joining === join ? this._answered(join, error, data) : undefined),
     };
     client._requests.push(join.item);

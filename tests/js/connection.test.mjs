@@ -750,11 +750,17 @@ test("an answer that is too large, or that cannot be said, is an error instead",
     const loop = {};
     return Object.assign(loop, { loop });
   });
+  it.rt.answer("wordy", () => {
+    throw new Error("x".repeat(100_000));
+  });
   it.socket.say({ type: "event", event: "large", ref: 1 });
   await settle();
   it.socket.say({ type: "event", event: "loop", ref: 2 });
   await settle();
   assert.deepEqual(it.socket.frames().map(({ type, code }) => [type, code]), [["error", "too_large"], ["error", "internal"]]);
+  it.socket.say({ type: "event", event: "wordy", ref: 3 });
+  await settle();
+  assert.ok(it.socket.sent.at(-1).length < 2000);
 });
 
 test("an answer is not said on another connection than the one that asked", async () => {
