@@ -1141,8 +1141,8 @@ async def test_a_snapshot_is_taken_anew_while_the_history_breaks_and_not_for_eve
         assert stream is not None
         if len(taken) <= breaks:
             await stage.rt._backend.broker.renew(group, stream.history, stream.position)
-            stream.distrust()
             before = stream.breaks
+            stream.distrust()  # done at once where tasks are eager
             await until(lambda: stream.breaks > before)
         return "content"
 
