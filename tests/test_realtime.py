@@ -610,7 +610,7 @@ async def test_a_living_connection_is_closed_when_its_token_expires(calendar: Ca
 
 
 async def test_who_can_hand_in_a_new_token_has_a_grace(calendar: Calendar) -> None:
-    rt = Realtime(expiry_grace=100)  # the calendar is moved, and goes on by itself for as long as the test takes
+    rt = Realtime(expiry_grace=100)  # a token counts in whole seconds: nothing here is near one
     app = calendar.live(rt)
     proof = calendar.token("ann", ttl=600)
     async with connect(app, "/ws", token=proof, subprotocols=["rt.v1.json"]) as ann:
