@@ -598,9 +598,9 @@ async def test_a_living_connection_is_closed_when_its_token_expires(calendar: Ca
         await bob.receive_json()
         async with connect(app, "/ws", token=short) as ann:
             await ann.receive_json()
-            calendar.move(rt, 59)
+            calendar.move(rt, 55)
             await ann.silent()
-            calendar.move(rt, 1.1)
+            calendar.move(rt, 6)
             assert await ann.closed() == CloseCode.TOKEN_EXPIRED
         with pytest.raises(Refused) as refused:
             async with connect(app, "/ws", token=short):
