@@ -53,12 +53,14 @@ WORDS = [
     *(b'"type":"reply",', b'"type":7,', b'"ref":-1,', b'"ref":[{}],', b'"group":"~x",', b'"event":"",', b'"id":"",'),
     *(b'"data":', b'"meta":', b"[" * 70, b"]" * 70, b'{"a":' * 70, b"}" * 70, b"[" * 2000, b"[[],[]]" * 200),
     b'"last":0,' + b'"limit":201,',
+    b"[" * 70 + b"]" * 70,
 ]
 PACKED_WORDS = [
     *(bytes([first]) for first in [*range(0x80, 0xA2), *range(0xC0, 0xE0), 0xFF]),
     *(b"\x91" * 70, b"\x81\xa1a" * 70, b"\x91" * 2000, b"\x90" * 300, b"\x81\x01", b"\x81\x91\x01", b"\x81\x80"),
     *(b"\xd6\xff\0\0\0\x01", b"\xd5\xff\0\0", b"\xc7\x0c\xff" + b"\xff" * 12, b"\xd4\x05\x01", b"\xa1\xff"),
     *(b"\xa4type", b"\xa5event", b"\xa5group", b"\xa3ref", b"\xa4data\x81", b"\xa4meta\x81", b"\xa2id", b"\xa4join"),
+    b"\x91" * 70 + b"\xc0",
     *(b"\xcb\x7f\xf8\0\0\0\0\0\0", b"\xcf" + b"\xff" * 8, b"\xd3\x80" + b"\0" * 7, b"\xc4\x03\x80\x90\xff"),
 ]
 LENGTHS = [b"\xdc", b"\xdd", b"\xde", b"\xdf", b"\xd9", b"\xda", b"\xdb", b"\xc4", b"\xc5", b"\xc6", b"\xc7", b"\xc9"]

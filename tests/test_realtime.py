@@ -620,7 +620,7 @@ async def test_who_can_hand_in_a_new_token_has_a_grace(calendar: Calendar) -> No
         calendar.move(rt, 50)
         assert ann.close_code is None
         await ann.send_json({"type": "refresh", "ref": 1, "token": calendar.token("ann", ttl=600)})
-        await until(lambda: '"ttl_ms":' in str(ann.pending[-1]))
+        await until(lambda: '"type":"reply"' in str(ann.pending[-1]))
         calendar.move(rt, 650)
         assert ann.close_code is None
         calendar.move(rt, 60)
