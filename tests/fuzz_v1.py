@@ -26,6 +26,9 @@ from starlette_rt.protocols.v1 import V1, V1S, Malformed
 
 SEED = 20261101
 CODES = {"unsupported", "bad_message", "bad_name", "invalid", "too_large"}
+DEEP: Any = None
+for _ in range(70):
+    DEEP = [DEEP]
 SAID: list[Any] = [
     {"type": "join", "ref": 1, "group": "board:7", "position": {"epoch": "x3kQ", "offset": 41, "tag": "9f1c"}},
     {"type": "join", "ref": 2**53 - 1, "group": "gärten", "last": 50, "presence": "count"},
@@ -45,7 +48,7 @@ SAID: list[Any] = [
     {"type": "pong"},
     {"type": "later", "ref": 1, "x": [1, {"y": 2}]},
 ]
-SAID += [SAID[:5], [SAID[3]] * 20, SAID[5:17], []]
+SAID += [SAID[:5], [SAID[3]] * 20, SAID[5:17], [], {"type": "event", "ref": 3, "event": "deep", "data": DEEP}]
 
 WORDS = [
     *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\\u0000", b"\\ud83d", b"\\ud800", b"1e400", b"-0.0", b"NaN"),
