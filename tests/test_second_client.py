@@ -1167,8 +1167,8 @@ async def what_is_beyond_the_window_is_busy(make: Make) -> None:
     async with make() as client:
         await client.connected()
         slow = [
-            client.exchange({"type": "event", "event": "slow", "data": 0.05})
-            for _ in range(client.welcome["window"] + 1)
+            client.exchange({"type": "event", "event": "slow", "data": 0 if number else 3})
+            for number in range(client.welcome["window"] + 1)
         ]
         answers = [each[0] for each in await client.wait(asyncio.gather(*slow), 60.0)]
         busy = [each for each in answers if isinstance(each, Refused)]
