@@ -337,6 +337,9 @@ def merge(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
         last = (target, exclude)
         runs.append([message])
         number = len(runs) - 1
+        if target in lists:  # one peer, behind a group: its answer leaves after what the others are told
+            lists[target] = [*lists.pop(target), number]
+            continue
         for peer in receivers(target, exclude):
             if peer in lists:
                 lists[peer].append(number)

@@ -123,6 +123,25 @@ def test_groups_and_pushes_of_one_turn_keep_the_order_of_the_calls(world: World)
     assert len(peer.batches) == 1
 
 
+def test_an_answer_leaves_after_what_the_others_are_told(world: World) -> None:
+    """A process that dies in between has told everybody, and the one who asked asks again."""
+    written: list[Recorder] = []
+
+    class Noting(Recorder):
+        def offer(self, batch: Batch, /) -> None:
+            written.append(self)
+            super().offer(batch)
+
+    ann, bob, cat = (Noting(name, world.wire) for name in ("ann", "bob", "cat"))
+    for peer in (ann, bob, cat):
+        world.hub.join(peer, "lobby")
+    world.broadcast("lobby", "said")
+    world.push(ann, "answer")
+    world.turns.end()
+    assert [peer.session for peer in written] == ["bob", "cat", "ann"]
+    assert ann.heard == ["said", "answer"]
+
+
 def test_the_excluded_session_alone_does_not_hear_it(world: World) -> None:
     sender, other = world.peer("a", session="x"), world.peer("a", session="y")
     world.broadcast("a", "1", exclude="x")
