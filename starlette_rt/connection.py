@@ -540,6 +540,7 @@ class Connection:
             self.close_code = message.get("code") or 1005  # RFC 6455 §7.1.5: the Close frame had none
 
     def _arrived(self, message: AsgiMessage) -> None:
+        """Take what the reader has read, unless it comes after the Close."""
         if self._state >= CLOSING:
             return
         raw = message.get("text")
