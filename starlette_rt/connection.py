@@ -39,6 +39,7 @@ from .outbox import OVERFLOW, Outbox, OutboxLimits
 from .seams import Seam
 
 if TYPE_CHECKING:
+    from .backends.base import LimitStore
     from .history import Position
     from .identity import Identity
 
@@ -155,6 +156,7 @@ class Connection:
         "paused_at",
         "pinged",
         "session",
+        "shared",
         "tracked",
         "user",
         "wire",
@@ -172,6 +174,7 @@ class Connection:
         ip: str | None,
         meter: Meter | None,
         max_message_size: int,
+        shared: LimitStore | None = None,
     ) -> None:
         self._node, self._seam = node, seam
         self.wire: Wire = wire
@@ -181,6 +184,7 @@ class Connection:
         self.ip: str | None = ip
         self.max_message_size: int = max_message_size
         self._meter = meter
+        self.shared: LimitStore | None = shared  # the budgets of all nodes, where there is more than one
         self.memberships: tuple[Group, ...] = ()  # tuples: a set for each idle connection would be 216 bytes more
         self.tracked: tuple[str, ...] = ()
         self.close_code: int | None = None
@@ -588,6 +592,19 @@ class Connection:
         user = self.user.identity if meter.per_user and self.user.is_authenticated else None
         return meter.check(self._own, self._node.buckets, user, self.ip, size, self._node.tasks.time())
 
+    async def pay(self, size: int, meter: Meter | None = None, what: str = "messages") -> None:
+        """Take one message from the budgets that all nodes share, when its turn has come; `must_wait` was asked before.
+
+        Raises `EventError` ``rate_limited`` for what may not pass, and `Unavailable` where that cannot be known.
+        ``what`` is what there are too many of.
+        """
+        meter = meter or self._meter
+        if self.shared is None or meter is None or not meter.shared:
+            return
+        user = self.user.identity if meter.per_user and self.user.is_authenticated else None
+        if (dues := meter.dues(user, self.ip, size)) and (wait := await self.shared.take(dues, self._node.buckets)):
+            raise EventError("rate_limited", f"too many {what}", retry_after=wait)
+
     # Heartbeats; see heartbeat.Patient.
 
     @property
@@ -638,6 +655,7 @@ class Connection:
     async def _work(self) -> None:
         """Run ``connect`` first, then what is in the inbox, in order, and end when there is nothing more."""
         assert self._script is not None
+        receive = self._script.receive if self.shared is None else self._pay_and_receive
         try:
             if self._state == CONNECTING:
                 await self._script.connect()
@@ -648,12 +666,17 @@ class Connection:
                 if self._dialogue is not None:
                     await self._dialogue.serve(message)
                 else:
-                    await self.guard(self._script.receive, message)
+                    await self.guard(receive, message)
         finally:
             self._inbox = self._worker = None
             self._working = False
             if self._room is not None:
                 self._room.set()
+
+    async def _pay_and_receive(self, raw: str | bytes) -> None:
+        assert self._script is not None
+        await self.pay(size_of(raw))
+        await self._script.receive(raw)
 
     async def guard(self, function: Handler, *args: Any, ref: int | None = None, batch: Volley | None = None) -> None:
         """Run host code: a refusal is answered, a close closes, a bug is logged and answered ``internal``.

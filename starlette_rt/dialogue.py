@@ -17,7 +17,7 @@ import anyio
 import msgspec
 from starlette.websockets import WebSocketDisconnect
 
-from .backends.base import Ledger
+from .backends.base import Ledger, LimitStore
 from .events import DeclaredWhisper, Handler, full_name
 from .exceptions import CloseCode, EventError, ProtocolError, Unavailable
 from .feed import Watch
@@ -71,6 +71,7 @@ class Client(Peer, Protocol):
 
     user: Identity
     close_code: int | None
+    shared: LimitStore | None
 
     @property
     def is_open(self) -> bool: ...
@@ -83,6 +84,7 @@ class Client(Peer, Protocol):
     def fail(self, error: BaseException, /) -> None: ...
     def expel(self, code: CloseCode, /) -> None: ...
     def must_wait(self, size: int, meter: Meter | None = None, /) -> float: ...
+    async def pay(self, size: int, meter: Meter | None = None, what: str = ..., /) -> None: ...
     def enqueue(self, message: Any, /) -> None: ...
     def start_soon(self, function: Callable[..., Awaitable[object]], /, *args: Any) -> None: ...
     def beside(self, function: Callable[..., Awaitable[object]], /, *args: Any) -> None: ...
@@ -109,6 +111,7 @@ class Node(Protocol):
 
     @property
     def ledger(self) -> Ledger: ...
+    def remembered(self, group: str, /) -> bool: ...
     async def follow(self, group: str, /) -> Stream[Message] | None: ...
     def unfollow(self, group: str, /) -> None: ...
     def enter(self, connection: Any, group: str, /) -> bool: ...
@@ -148,10 +151,11 @@ class Volley:
 
 
 class Request(NamedTuple):
-    """What waits in the inbox."""
+    """What waits in the inbox; ``size`` is what it still owes to the budgets of all nodes."""
 
     frame: Any
     batch: Volley | None
+    size: int | None = None
 
 
 class Recovered(NamedTuple):
@@ -234,7 +238,7 @@ class Dialogue:
         if self._unanswered >= WINDOW:
             return self._too_many(frame, batch)
         self._overrun = 0
-        client.enqueue(Request(frame, batch))
+        client.enqueue(Request(frame, batch, size))
 
     def _fill(self, batch: Volley | None) -> None:
         if batch is not None:
@@ -302,21 +306,30 @@ class Dialogue:
 
     async def serve(self, request: Request) -> None:
         """Handle one request and answer it."""
-        frame, batch = request
+        frame, batch, _ = request
         if batch is not None and batch.stopped:
             return self._skip(frame)
         self._serving = True
         try:
-            await self._client.guard(HANDLED[type(frame)], self, frame, batch, ref=ref_of(frame), batch=batch)
+            if self._client.shared is None:
+                await self._client.guard(HANDLED[type(frame)], self, frame, batch, ref=ref_of(frame), batch=batch)
+            else:
+                await self._client.guard(self._pay_and_handle, request, ref=ref_of(frame), batch=batch)
         finally:
             self._serving = False
+
+    async def _pay_and_handle(self, request: Request) -> None:
+        frame, batch, size = request
+        if size is not None:
+            await self._client.pay(size)
+        await HANDLED[type(frame)](self, frame, batch)
 
     @property
     def _unanswered(self) -> int:
         return self._client.backlog + self._serving
 
     async def _join(self, frame: Join, batch: Volley | None) -> None:
-        client, group = self._client, check_group(frame.group)
+        client, group = self._client, self._joinable(frame)
         member = self._node.hub.has(client, group)
         try:
             found = await self._let_in(frame, member)
@@ -330,6 +343,12 @@ class Dialogue:
             self._say(frame.ref, found)
         if frame.presence is not None:
             await self._node.watch(client, group, frame.presence)
+
+    def _joinable(self, frame: Join) -> str:
+        """Return the group that ``frame`` names; what is pushed to a client may be asked for as groups are."""
+        user = self._client.user
+        own = user.is_authenticated and frame.presence is None and frame.group == f"~{user.identity}"
+        return frame.group if own and self._node.remembered(frame.group) else check_group(frame.group)
 
     async def _let_in(self, frame: Join, member: bool) -> Recovered:
         """Return what a client missed that may join; the right to it is that of its present token."""
@@ -424,6 +443,8 @@ class Dialogue:
         if handler is None:
             raise EventError("unknown_event", f"there is no event {frame.event!r} here")
         data = accepted_data(frame, handler, client, self._node.hub, self._protocol)
+        if handler.meter is not None and client.shared is not None:
+            await client.pay(len(frame.data), handler.meter, handler.name)
         if handler.concurrency == 1:
             return await self._run(frame, handler, data)
         slots = self._slots_of(handler)
@@ -438,12 +459,11 @@ class Dialogue:
 
     async def _run(self, frame: Emit, handler: Handler, data: Any) -> None:
         if frame.id is None:
-            result = await self._result(frame, handler, data)
-        else:
-            key = f"once:{self._subject}\n{frame.id}"
-            run = partial(self._result, frame, handler, data)
-            result = await once(self._node.ledger, key, run, rerun=handler.rerun)
-        self._reply(frame.ref, result)
+            return self._reply(frame.ref, await self._result(frame, handler, data))
+        key = f"once:{self._subject}\n{frame.id}"
+        run = partial(self._result, frame, handler, data)
+        result, local = await once(self._node.ledger, key, run, rerun=handler.rerun)
+        self._reply(frame.ref, result, "node" if local else None)
 
     async def _result(self, frame: Emit, handler: Handler, data: Any) -> Any:
         """Run the handler and return its result as plain data; an error there names it, since no line of it does."""
@@ -469,10 +489,22 @@ class Dialogue:
         declared = self._script.whisper(frame.event)
         assert declared is not None  # looked up when it arrived
         check_joined(frame.group, self._client, self._node.hub)
+        if self._client.shared is not None and not await self._can_pay(frame, declared):
+            return
         data = msgspec.UNSET if frame.stop else plain_data(self._protocol.data(frame.data, declared.decoder))
         self._remember(frame, declared)
         await self._node.whisper(self._client, frame.group, declared, data)
         self._reply(frame.ref)
+
+    async def _can_pay(self, frame: Murmur, declared: DeclaredWhisper) -> bool:
+        """Take a whisper from the budgets of all nodes; one that may not pass is dropped if it wants no answer."""
+        try:
+            await self._client.pay(len(frame.data), declared.meter, "whispers")
+        except (EventError, Unavailable):
+            if frame.ref is not None:
+                raise
+            return False
+        return True
 
     def _remember(self, frame: Murmur, declared: DeclaredWhisper) -> None:
         """Keep what is being whispered, so that its end can be said when the whisperer goes."""
@@ -587,9 +619,9 @@ class Dialogue:
                 with suppress(Unavailable):  # the others have its time to go by
                     await self._node.whisper(self._client, key[0], declared, msgspec.UNSET)
 
-    def _reply(self, ref: int | None, data: Any = None) -> None:
+    def _reply(self, ref: int | None, data: Any = None, once: str | None = None) -> None:
         if ref is not None:
-            self._client.say(Reply(ref, self._protocol.raw(data)))
+            self._client.say(Reply(ref, self._protocol.raw(data), once))
 
 
 def check_joined(group: str, client: Peer, hub: Hub) -> str:

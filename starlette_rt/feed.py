@@ -9,18 +9,17 @@ One task runs while something has changed lately, none otherwise.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
 
 import anyio
 import anyio.lowlevel
 
 from .backends.base import PresenceStore
+from .backends.base import Watch as Watch
 from .frames import PresenceCount, PresenceDiff, PresenceState, told
 from .hub import Hub, Message, Peer
 from .loop import Handle, Tasks
 from .presence import Diff, Member
-
-Watch = Literal["members", "count"]
 
 PAGE = 200  # members in one state, and the most that are told one by one
 DIFF_PERIOD = 0.2  # seconds between two diffs of one group
@@ -28,6 +27,7 @@ COUNT_PERIOD = 1.0  # seconds between two counts of one group
 TICK = 0.05  # seconds between two looks while something is due
 
 MEMBERS, COUNT = "\0members:", "\0count:"  # no group of a host can begin with a control character
+HIDDEN: dict[Watch, str] = {"members": MEMBERS, "count": COUNT}
 
 
 class Feed:
@@ -40,6 +40,8 @@ class Feed:
         self._rested: dict[str, float] = {}  # hidden group -> when it may be told again
         self._large: set[str] = set()
         self._states: dict[str, tuple[int, Message]] = {}
+        self._counts: dict[str, int] = {}  # group -> what its counters were told last
+        self._coming: Counter[str] = Counter()  # hidden group -> watchers that wait until it is followed
         self._running: Handle | None = None
         self._closed = False
 
@@ -50,18 +52,32 @@ class Feed:
             self._running.cancel()
 
     async def watch(self, peer: Peer, group: str, how: Watch) -> None:
-        """Tell ``peer`` the present state of ``group``, and from now on what changes."""
+        """Tell ``peer``, a member of ``group``, its present state, and from now on what changes.
+
+        One that has left, or ended, before the group was followed is told nothing.
+        """
+        hidden = HIDDEN[how] + group
+        self._coming[hidden] += 1
+        try:
+            await self._store.follow(group, how)
+            if self._hub.has(peer, group):
+                self.unwatch(peer, group)
+                self._hub.say(peer, self._first(group, how))
+                self._hub.join(peer, hidden)
+        finally:
+            self._coming[hidden] -= 1
+            self._vacated(hidden, group, how)
+
+    def _first(self, group: str, how: Watch) -> Message:
+        """Return what a watcher is told first."""
         if how == "members":
-            self.unwatch(peer, group)
             if MEMBERS + group not in self._hub.groups:
                 self._catch_up(group)
-            self._hub.say(peer, self._state(group))
-            self._hub.join(peer, MEMBERS + group)
-        else:
-            count = await self._store.count(group)
-            self.unwatch(peer, group)
-            self._hub.say(peer, Message(PresenceCount(group, count)))
-            self._hub.join(peer, COUNT + group)
+            return self._state(group)
+        count = self._store.size(group)
+        if self._counts.get(group) != count:
+            self._counts.pop(group, None)  # the others are told what this one knows, whatever they were told last
+        return Message(PresenceCount(group, count))
 
     def _catch_up(self, group: str) -> None:
         """Let the first watcher's state hold everything: nobody else has to hear of what is pending."""
@@ -82,53 +98,74 @@ class Feed:
             self._running = self._tasks.spawn(self._run)
 
     def crowd(self, name: str, occupied: bool) -> None:
-        """A group of the hub has got its first member or lost its last; an unwatched roster may be forgotten."""
-        if not occupied and name.startswith(MEMBERS):
-            self.changed(name.removeprefix(MEMBERS))
+        """A group of the hub has got its first member or lost its last; what is not watched is not followed."""
+        if occupied or name[:1] != "\0":
+            return
+        for how, start in HIDDEN.items():
+            if name.startswith(start):
+                self._vacated(name, name.removeprefix(start), how)
+
+    def _vacated(self, hidden: str, group: str, how: Watch) -> None:
+        """Follow ``group`` no more if nobody watches it, or is about to."""
+        if hidden in self._hub.groups or self._coming[hidden]:
+            return
+        del self._coming[hidden]
+        self._store.unfollow(group, how)
+        self._states.pop(group, None)
+        self._counts.pop(group, None)
+        if how == "members":
+            self.changed(group)  # a roster that nobody is in may be forgotten
 
     async def _run(self) -> None:
         """Tell what is due until nothing is due and every period has passed."""
         try:
             await anyio.lowlevel.checkpoint()  # what changes in one turn is told together
             while self._dirty or self._counting or self._rested:
-                await self._tell(self._tasks.time())
+                self._tell(self._tasks.time())
                 await anyio.sleep(TICK)
         finally:
             self._running = None
 
-    async def _tell(self, now: float) -> None:
+    def _tell(self, now: float) -> None:
         for hidden in [hidden for hidden, due in self._rested.items() if due <= now]:
             del self._rested[hidden]
         for group in [group for group in self._dirty if MEMBERS + group not in self._rested]:
             del self._dirty[group]
-            await self._tell_members(group, now)
+            self._tell_members(group, now)
         for group in [group for group in self._counting if COUNT + group not in self._rested]:
             del self._counting[group]
-            await self._tell_count(group, now)
+            self._tell_count(group, now)
 
-    async def _tell_members(self, group: str, now: float) -> None:
+    def _tell_members(self, group: str, now: float) -> None:
         """Take the diff of ``group``, always, and deliver it if somebody watches."""
         diff = self._store.take(group, watched=MEMBERS + group in self._hub.groups)
         self._states.pop(group, None)
-        if diff is None:
-            return
         if COUNT + group in self._hub.groups:
             self._counting[group] = None
+        if diff is None:
+            return
         if MEMBERS + group not in self._hub.groups:
             self._large.discard(group)
-        elif await self._store.count(group) > PAGE:
+        elif self._store.size(group) > PAGE:
             self._large.add(group)
             self._counting[group] = None
         elif group in self._large:
             self._large.discard(group)
+            self._counts.pop(group, None)
             self._hub.deliver(MEMBERS + group, self._state(group))
         else:
             self._rested[MEMBERS + group] = now + DIFF_PERIOD
             self._hub.deliver(MEMBERS + group, Message(diff_frame(group, diff)))
 
-    async def _tell_count(self, group: str, now: float) -> None:
+    def _tell_count(self, group: str, now: float) -> None:
+        """Tell how many there are, unless that is what was told last."""
+        count = self._store.size(group)
+        if self._counts.get(group) == count:
+            return
+        if COUNT + group in self._hub.groups or group in self._large:
+            self._counts[group] = count
         self._rested[COUNT + group] = now + COUNT_PERIOD
-        message = Message(PresenceCount(group, await self._store.count(group)))
+        message = Message(PresenceCount(group, count))
         self._hub.deliver(COUNT + group, message)
         if group in self._large:
             self._hub.deliver(MEMBERS + group, message)

@@ -119,10 +119,14 @@ class Pong(Frame, frozen=True, tag="pong"):
 
 
 class Reply(Frame, frozen=True, tag="reply"):
-    """The answer to a ``ref``. From a client ``data`` is a `msgspec.Raw`, to a client it is plain data."""
+    """The answer to a ``ref``. From a client ``data`` is a `msgspec.Raw`, to a client it is plain data.
+
+    ``once`` is ``node`` where an event with an id was handled once on its node, and the others could not be asked.
+    """
 
     ref: int
     data: Any = None
+    once: str | None = None
 
 
 class Error(Frame, frozen=True, tag="error"):

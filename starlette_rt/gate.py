@@ -20,12 +20,13 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from .admission import NOBODY, Admission, Refusal, check_origin, choose_protocol, read
+from .backends.base import LimitStore
 from .connection import Connection, check_code, sendable
-from .exceptions import CloseCode, ConfigurationError, EventError, RealtimeError, TokenError
+from .exceptions import CloseCode, ConfigurationError, EventError, RealtimeError, TokenError, Unavailable
 from .frames import MAX_MESSAGE, printable
 from .hub import Wire
 from .identity import Identity, credentials, guest, wrap
-from .limits import ConnectionCounter, Meter, RateLimit, Refused
+from .limits import RETRY_AFTER, ConnectionCounter, Meter, RateLimit, Refused
 from .protocols.plain import Encoding
 from .protocols.v1 import V1S
 from .seams import Carrier, abort_transport, seam_for, stop_reading
@@ -64,7 +65,11 @@ class Host(Protocol):
 
     @property
     def running(self) -> bool: ...
+    @property
+    def limits(self) -> LimitStore: ...
     async def revoked(self, identity: Identity) -> bool: ...
+    async def expect(self, user: Identity) -> None: ...
+    def expect_no_more(self, user: Identity) -> None: ...
     def wire(self, encoding: Encoding, protocol: str | None, carrier: Carrier) -> Wire: ...
     def register(self, connection: Connection) -> None: ...
 
@@ -109,14 +114,28 @@ async def admit(
         )
         return NOT_RUNNING
     user = await recognise(host, scope, admission, terms, identity)
+    if isinstance(user, Refusal):
+        return await decide(host, admission, user) or user
+    try:
+        await host.expect(user)
+        if refusal := await decide(host, admission, user):
+            return refusal
+        protocol = None if accepted else spoken(admission, terms.encoding)
+        return enter(host, scope, send, terms, admission, user, protocol)
+    finally:
+        host.expect_no_more(user)
+
+
+async def decide(host: Any, admission: Admission, user: Identity | Refusal) -> Refusal | None:
+    """Return what stands against one more connection, or take its slot in the caps."""
     if host.draining:
         return DRAINING
-    if refused := take_slot(admission, user):
+    if refused := await take_slot(admission, user, shared_limits(host)):
         return too_many(refused)
-    if isinstance(user, Refusal):
-        return user
-    protocol = None if accepted else spoken(admission, terms.encoding)
-    return enter(host, scope, send, terms, admission, user, protocol)
+    if host.draining and isinstance(user, Identity):  # it has begun while the other nodes were asked
+        give_slot_back(admission, user, admission.handshake.block, shared_limits(host))
+        return DRAINING
+    return None
 
 
 def spoken(admission: Admission, encoding: Encoding) -> str | None:
@@ -133,21 +152,53 @@ async def recognise(
     except ConfigurationError as error:  # the host's own user has no name, or one that we keep for ourselves
         host.faults.report(error, host.tasks.time())
         return FAILED
-    if isinstance(user, Identity) and await host.revoked(user):
-        return REVOKED  # also a token's: it may have been revoked since the middleware verified it
+    try:
+        if isinstance(user, Identity) and await host.revoked(user):
+            return REVOKED  # also a token's: it may have been revoked since the middleware verified it
+    except Unavailable as error:
+        return Refusal(503, "unavailable", str(error), retry_after=5.0)
     return user
 
 
-def take_slot(admission: Admission, user: Identity | Refusal) -> Refused | None:
+def shared_limits(host: Any) -> LimitStore | None:
+    """Return the limits that ``host`` shares with other nodes, ``None`` if it is alone."""
+    limits: LimitStore = host.limits
+    return limits if limits.shared else None
+
+
+async def take_slot(admission: Admission, user: Identity | Refusal, shared: LimitStore | None) -> Refused | None:
     """Count the handshake against the caps; one that is refused costs its share of the rate, and no slot."""
-    if not isinstance(admission.counter, ConnectionCounter):
+    counter = admission.counter
+    if not isinstance(counter, ConnectionCounter):
         return None
-    ip = admission.handshake.block
-    name = user.identity if isinstance(user, Identity) and user.is_authenticated else None
-    refused = admission.counter.take(ip, name, time.monotonic())
+    ip, name = admission.handshake.block, person(user)
+    refused = counter.take(ip, name, time.monotonic())
     if refused is None and isinstance(user, Refusal):
-        admission.counter.release(ip, name)
+        counter.release(ip, name)
+    elif refused is None and shared is not None and name is not None and counter.per_user is not None:
+        allowed = False
+        try:
+            allowed = await shared.take_cap(name, counter.per_user)
+        finally:
+            if not allowed:
+                counter.release(ip, name)
+        return None if allowed else Refused("per_user", RETRY_AFTER)
     return refused
+
+
+def give_slot_back(admission: Admission, user: Identity, ip: str | None, shared: LimitStore | None) -> None:
+    """Give back what `take_slot` has taken."""
+    if not isinstance(admission.counter, ConnectionCounter):
+        return
+    name = person(user)
+    admission.counter.release(ip, name)
+    if shared is not None and name is not None and admission.counter.per_user is not None:
+        shared.release_cap(name)
+
+
+def person(user: Identity | Refusal) -> str | None:
+    """Return the name of one who is counted by it."""
+    return user.identity if isinstance(user, Identity) and user.is_authenticated else None
 
 
 def enter(
@@ -165,6 +216,7 @@ def enter(
         ip=admission.handshake.block,
         meter=terms.meter,
         max_message_size=terms.max_message_size,
+        shared=shared_limits(host),
     )
     host.register(connection)
     connection.greet()
@@ -395,9 +447,8 @@ async def forbidden() -> Message:
 def release(scope: Scope, connection: Connection) -> None:
     """Give the connection's slot in the caps back."""
     admission = scope.get("starlette_rt")
-    if isinstance(admission, Admission) and isinstance(admission.counter, ConnectionCounter):
-        user = connection.user
-        admission.counter.release(connection.ip, user.identity if user.is_authenticated else None)
+    if isinstance(admission, Admission):
+        give_slot_back(admission, connection.user, connection.ip, connection.shared)
 
 
 def header_text(text: str) -> bytes:

@@ -9,6 +9,7 @@ was set back and has gone on elsewhere reuses the numbers, never the tags. What 
 from __future__ import annotations
 
 import math
+import random
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -105,12 +106,16 @@ class Policies:
         for pattern, history in self._patterns:
             if not isinstance(pattern, str) or not pattern or not isinstance(history, History):
                 raise ConfigurationError(f"history={{{pattern!r}: {history!r}}}: {WRITE}")
-            if pattern.startswith("~"):
-                raise ConfigurationError(f"history={{{pattern!r}: …}}: what is pushed to a person is not kept")
         self.of: Callable[[str], History | None] = lru_cache(GROUPS)(self._first) if self._patterns else nothing
 
     def _first(self, group: str) -> History | None:
-        return next((history for pattern, history in self._patterns if fnmatchcase(group, pattern)), None)
+        kept = (history for pattern, history in self._patterns if matches(group, pattern))
+        return next(kept, None)
+
+
+def matches(group: str, pattern: str) -> bool:
+    """Whether ``pattern`` means ``group``. What is pushed to people is meant by patterns that begin so, like ``~*``."""
+    return (group[:1] == "~") == (pattern[:1] == "~") and fnmatchcase(group, pattern)
 
 
 def nothing(group: str) -> None:
@@ -119,7 +124,7 @@ def nothing(group: str) -> None:
 
 def new_tag() -> str:
     """Return 32 random bits, which tell two publications with the same offset apart."""
-    return secrets.token_hex(4)
+    return f"{random.getrandbits(32):08x}"
 
 
 def new_epoch() -> str:

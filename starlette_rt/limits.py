@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from limits import parse_many
 
@@ -176,6 +176,20 @@ class Buckets:
         self.evicted += 1
 
 
+class Due(NamedTuple):
+    """What one message takes from one budget: that of ``subject`` under ``limit`` of ``place``."""
+
+    place: str
+    subject: str
+    limit: RateLimit
+    amount: int
+
+    @property
+    def key(self) -> str:
+        """The name of the budget."""
+        return self.place + self.subject
+
+
 class Meter:
     """The limits of one place, such as an endpoint class: made once, asked for every message.
 
@@ -183,9 +197,10 @@ class Meter:
     process mean the same budgets.
     """
 
-    __slots__ = ("_places", "per_user")
+    __slots__ = ("_places", "per_user", "shared")
 
     def __init__(self, name: str, limits: Sequence[RateLimit]) -> None:
+        self.shared: bool = any(limit.per != "connection" for limit in limits)  # else each connection has its own
         self.per_user: bool = any(limit.per == "user" for limit in limits)  # else nobody need know whose it is
         self._places = [
             (limit, f"{name}:{number}:{limit.per}:", get_args(Per).index(limit.per))
@@ -222,12 +237,22 @@ class Meter:
                     own[key] = tats
         return wait
 
+    def dues(self, user: str | None, ip: str | None, size: int) -> list[Due]:
+        """Return what one message of ``size`` bytes takes from the budgets that connections share."""
+        subjects = ("", user, ip)
+        return [
+            Due(prefix, subject, limit, limit.amount(size))
+            for limit, prefix, which in self._places
+            if which and (subject := subjects[which]) is not None
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """How many connections one process takes: in all, from one address, of one user; and how fast they come.
 
-    ``rate`` is the rate of new connections from one address, "10/second;100/minute". None is no bound.
+    ``rate`` is the rate of new connections from one address, "10/second;100/minute". None is no bound. With a backend
+    that several processes share, ``per_user`` counts the connections of all of them; the others are for each process.
     Guests are not counted per user, peers without an address not per address.
     Raises ConfigurationError for a bound below 1 and for what is no rate.
     """
@@ -256,9 +281,10 @@ class Refused:
 class ConnectionCounter:
     """Counts the connections of this process against their ConnectionLimits, and keeps nothing of those that left."""
 
-    __slots__ = ("_caps", "_counts", "_rate", "_rates")
+    __slots__ = ("_caps", "_counts", "_rate", "_rates", "per_user")
 
     def __init__(self, limits: ConnectionLimits) -> None:
+        self.per_user: int | None = limits.per_user
         caps: dict[Bound, int | None] = {"per_ip": limits.per_ip, "per_user": limits.per_user}
         self._caps: dict[Bound, float] = {bound: cap for bound, cap in caps.items() if cap is not None}
         self._caps["total"] = math.inf if limits.total is None else limits.total

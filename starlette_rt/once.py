@@ -12,7 +12,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -52,7 +52,14 @@ class Origin:
 ORIGIN: ContextVar[Origin | None] = ContextVar("starlette_rt.origin", default=None)
 
 
-async def once(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], *, rerun: bool) -> Any:
+class Outcome(NamedTuple):
+    """What came of an event: plain data, and whether it was handled once on this node only, others not having heard."""
+
+    data: Any
+    local: bool = False
+
+
+async def once(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], *, rerun: bool) -> Outcome:
     """Return the plain data that ``run`` returns, or what it returned when ``key`` came first; so with refusals.
 
     Raises `EventError`: what the handler refused with, ``internal`` for one that failed, ``outcome_unknown`` for
@@ -61,7 +68,11 @@ async def once(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], *, r
     claim = await ledger.claim(key, ONCE)
     while claim.state == "running":
         claim = await _ended(ledger, key)
-    return answer_of(claim.answer) if claim.state == "answered" else await _first(ledger, key, run, rerun)
+    if claim.state == "answered":
+        return Outcome(answer_of(claim.answer))
+    if claim.state == "lost" and not rerun:  # unless whoever was thought to be gone has been faster
+        return Outcome(answer_of(await ledger.settle(key, NOBODY_KNOWS, ONCE)))
+    return Outcome(await _first(ledger, key, claim.holder, run, rerun), claim.local)
 
 
 async def _ended(ledger: Ledger, key: str) -> Claim:
@@ -71,7 +82,7 @@ async def _ended(ledger: Ledger, key: str) -> Claim:
     return await ledger.claim(key, ONCE)
 
 
-async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], rerun: bool) -> Any:
+async def _first(ledger: Ledger, key: str, holder: str, run: Callable[[], Awaitable[Any]], rerun: bool) -> Any:
     """Run, and leave a verdict whatever happens."""
     verdict: bytes | None = None if rerun else NOBODY_KNOWS
     token = ORIGIN.set(Origin(key))
@@ -86,17 +97,24 @@ async def _first(ledger: Ledger, key: str, run: Callable[[], Awaitable[Any]], re
         raise
     finally:
         ORIGIN.reset(token)
-        await conclude(ledger, key, verdict)
+        await conclude(ledger, key, holder, verdict)
 
 
-async def conclude(ledger: Ledger, key: str, verdict: bytes | None) -> None:
+async def conclude(ledger: Ledger, key: str, holder: str, verdict: bytes | None) -> None:
     """Keep the verdict, or let the next one be first; also for one that is cancelled meanwhile."""
     try:
-        await (ledger.release(key) if verdict is None else ledger.settle(key, verdict, ONCE))
+        await _conclude(ledger, key, holder, verdict)
     except BaseException:  # a scope around the first attempt would cost as much as the rest
         with anyio.CancelScope(shield=True):
-            await (ledger.release(key) if verdict is None else ledger.settle(key, verdict, ONCE))
+            await _conclude(ledger, key, holder, verdict)
         raise
+
+
+async def _conclude(ledger: Ledger, key: str, holder: str, verdict: bytes | None) -> None:
+    if verdict is None:
+        await ledger.release(key, holder)
+    else:
+        await ledger.settle(key, verdict, ONCE)
 
 
 def verdict_of(error: Exception) -> bytes | None:

@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from random import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.from_thread
@@ -29,11 +30,12 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from .acceptance import Acceptance, Authorize
 from .backends import from_url
-from .backends.base import Backend, Ledger, Published
+from .backends.base import Backend, Ledger, LimitStore, Published
+from .blocking import Blocking
 from .connection import Connection, check_code
 from .dialogue import WINDOW, skip
 from .events import DeclaredWhisper
-from .exceptions import CloseCode, ConfigurationError, NotRunning
+from .exceptions import CloseCode, ConfigurationError, NotRunning, Unavailable
 from .faults import FaultLog
 from .feed import Feed, Watch
 from .frames import Event, Reset, Welcome, Whispered, check_group, check_name, encode, plain_data, plain_meta
@@ -43,7 +45,9 @@ from .hub import Hub, Message, Only, Wire
 from .limits import Buckets, RateLimit
 from .loop import Handle, Tasks, tasks
 from .metrics import Counters, Metrics
+from .occupancy import Hook, Occupancy
 from .once import ONCE, ORIGIN
+from .orders import ORDERS, REVOKED, Order, Orders
 from .outbox import OutboxLimits
 from .presence import Member
 from .protocols.plain import PLAIN, Encoding
@@ -52,6 +56,7 @@ from .seams import Carrier
 from .streams import Stream, Streams
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
     from starlette.staticfiles import StaticFiles
     from starlette.websockets import WebSocket
 
@@ -65,16 +70,29 @@ RETURNS = 500  # clients a second that are asked to come back after a drain
 STATICS = Path(__file__).parent / "statics"
 
 
+class Health(NamedTuple):
+    """Whether a process is ready for connections, and what is wrong with it, in sentences."""
+
+    ready: bool
+    reasons: tuple[str, ...]
+
+
 class Realtime:
     """Everything live in one process.
 
-    ``url`` names the backend: ``memory://`` is this process alone; ``backend`` is one of the host's own
-    instead. ``history`` says which groups remember what was said in them, by pattern, the first that fits:
-    ``{"room:*": History(100, 300)}``. ``outbox`` bounds what is kept for a slow peer, ``presence_grace`` is how
-    many seconds a member stays after its connection ended. A client of the protocol v1 is pinged every
-    ``ping_interval`` seconds and has ``ping_timeout`` seconds to say anything, and ``expiry_grace`` seconds
-    after its token has run out to hand in a new one; whoever says nothing for ``idle_timeout`` seconds is
-    closed. ``metrics`` takes the counts. Raises `ConfigurationError` for what cannot work.
+    ``url`` names the backend: ``memory://`` is this process alone; ``redis://``, ``rediss://`` and ``unix://`` are all
+    processes on one Redis, and so is a ``redis.asyncio.Redis`` of the host's own. ``prefix`` is what its keys begin
+    with. While Redis is away this node works alone: with ``fail_open`` it judges by what it knows, without it refuses
+    what the others would have to be asked about. ``backend`` is one of the host's own instead.
+
+    ``history`` says which groups remember what was said in them, by pattern, the first that fits:
+    ``{"room:*": History(100, 300)}``; ``"~*"`` means what is pushed to people. ``outbox`` bounds what is kept for a
+    slow peer, ``presence_grace`` is how many seconds a member stays after its connection ended. A client of the
+    protocol v1 is pinged every ``ping_interval`` seconds and has ``ping_timeout`` seconds to say anything, and
+    ``expiry_grace`` seconds after its token has run out to hand in a new one; whoever says nothing for
+    ``idle_timeout`` seconds is closed. ``on_group_occupied`` and ``on_group_vacated`` are functions or coroutines of
+    the host's that are called with the name of a group when its first member on all nodes has come and its last has
+    gone, each on one node. ``metrics`` takes the counts. Raises `ConfigurationError` for what cannot work.
 
     Enter it with ``async with``, or let `RealtimeMiddleware` do that; entering nests, and when the last one has
     left it can be started again, in another event loop too.
@@ -82,7 +100,7 @@ class Realtime:
 
     def __init__(
         self,
-        url: str = "memory://",
+        url: str | Redis = "memory://",
         *,
         history: Mapping[str, History] | None = None,
         backend: Backend | None = None,
@@ -92,6 +110,10 @@ class Realtime:
         ping_timeout: float = 20.0,
         idle_timeout: float | None = None,
         expiry_grace: float = 10.0,
+        prefix: str = "rt",
+        fail_open: bool = True,
+        on_group_occupied: Hook | None = None,
+        on_group_vacated: Hook | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         if presence_grace < 0:
@@ -113,7 +135,11 @@ class Realtime:
         self.draining: bool = False
         self.warned: bool = False
         self._url = url
-        self._backend = backend or from_url(url, grace=presence_grace, now=self._now)
+        self._backend = backend or from_url(
+            url, grace=presence_grace, now=self._now, prefix=prefix, fail_open=fail_open
+        )
+        self._fail_open = fail_open
+        self._hooks = on_group_occupied, on_group_vacated
         self._entered = 0
         self._wires: dict[tuple[Encoding, str | None, Carrier], Wire] = {}
         self._expiring: dict[Connection, None] = {}
@@ -123,6 +149,8 @@ class Realtime:
     tasks: Tasks
     _feed: Feed
     _streams: Streams[Message]
+    _orders: Orders
+    _occupancy: Occupancy | None
     _token: EventLoopToken
 
     # Living.
@@ -161,10 +189,17 @@ class Realtime:
         self._token = current_token()
         self.hub = Hub(self.tasks.schedule, self.metrics)
         self._feed = Feed(self.hub, self._backend.presence, self.tasks)
-        self._streams = Streams(self._backend.broker, self.tasks, self._spell, self._say, self._reset)
+        broker, ledger = self._backend.broker, self._backend.ledger
+        self._streams = Streams(broker, self.tasks, self._spell, self._say, self._reset)
+        self._orders = Orders(broker, ledger, self.tasks, self._obey)
+        self._occupancy = None
+        if any(self._hooks):
+            self._occupancy = Occupancy(self._backend.presence, self.tasks, *self._hooks, self._failed)
+            self._backend.presence.on_count = self._occupancy.counted
         self.hub.on_crowd = self._crowd
-        await self._backend.broker.start(self._deliver)
+        await broker.start(self._deliver, self._resumed)
         await self._backend.presence.start(self._feed.changed)
+        await self._orders.start()
         self._sweeper: Handle = self.tasks.spawn(self._sweep)
         if self._url == "memory://" and workers() > 1:
             logger.warning("memory:// reaches one process only, and %d workers run; use one worker", workers())
@@ -175,6 +210,7 @@ class Realtime:
         await self.drain(self.outbox.close + 2 * SWEEP)  # time for the sweeper to drop who does not read its Close
         self._sweeper.cancel()
         self._streams.close()
+        self._orders.close()
         await self.tasks.close(self.outbox.close)
         await self._backend.presence.stop()
         await self._backend.broker.stop()
@@ -215,7 +251,9 @@ class Realtime:
         self.buckets.sweep(now, 100)
         self._backend.presence.sweep()
         self._backend.broker.sweep()
+        self._backend.limits.sweep()
         self._streams.tick(now)
+        self._orders.tick(now)
 
     def _expires(self, connection: Connection) -> float:
         """When the connection ends for its token's sake, by the wall clock; who can hand in a new one has a grace."""
@@ -230,8 +268,20 @@ class Realtime:
     def _crowd(self, name: str, occupied: bool) -> None:
         """A group of the hub has got its first member or lost its last."""
         self._feed.crowd(name, occupied)
-        if not occupied:
+        if name[0] == "\0":
+            return
+        if self._occupancy is not None and name[0] != "~":
+            self._occupancy.crowd(name, occupied)
+        if occupied:
+            self._backend.broker.subscribe(name)
+        else:
+            self._backend.broker.unsubscribe(name)
             self._streams.vacated(name)
+
+    def _failed(self, error: BaseException) -> None:
+        """Code of the host's has raised."""
+        self.metrics.failed()
+        self.faults.report(error, self.tasks.time())
 
     def _now(self) -> float:
         return self.tasks.time()
@@ -288,7 +338,7 @@ class Realtime:
         once = origin is not None
         publication = Publication(group, check_name(event, "event"), plain, json, session, ephemeral, key, id, once)
         self.metrics.published()
-        policy = None if ephemeral else self._remembers(group)
+        policy = None if ephemeral else self._policies.of(group)
         published = await self._backend.broker.publish(publication, policy)
         if published.position is not None and (stream := self._streams.get(group)) is not None:
             await stream.passed(published.position.offset, ABREAST)
@@ -340,9 +390,16 @@ class Realtime:
         published: Published = anyio.from_thread.run(call, token=self._token)
         return published
 
+    def _resumed(self) -> None:
+        """Delivery was interrupted and goes on."""
+        self._streams.recheck()
+        self._orders.recheck()
+
     def _deliver(self, publication: Publication) -> None:
         """What the broker brings goes to the members on this node."""
-        if publication.offset is not None:
+        if publication.group == ORDERS:
+            self._orders.receive(publication)
+        elif publication.offset is not None:
             self._streams.receive(publication)
         elif publication.sender is not None:
             self.hub.deliver(publication.group, self._whispered(publication, publication.sender), publication.exclude)
@@ -358,7 +415,7 @@ class Realtime:
             publication.event,
             publication.data,
             publication.json,
-            None if group[0] == "~" else group,
+            None if group[0] == "~" and publication.offset is None else group,
             publication.offset,
             publication.tag or None,
             publication.id if publication.once else None,
@@ -388,11 +445,14 @@ class Realtime:
     # Asking.
 
     async def online(self, identities: Iterable[str]) -> set[str]:
-        """Return those of ``identities`` that have a connection."""
+        """Return those of ``identities`` that have a connection, on any node. Raises `Unavailable`."""
         self._check_running()
         if isinstance(identities, str):
             raise TypeError("online() takes a list of identities: write rt.online([identity])")
-        return {identity for identity in identities if f"~{identity}" in self.hub.groups}
+        own = {f"~{person(identity)}": identity for identity in identities}
+        here = own.keys() & self.hub.groups.keys()
+        elsewhere = await self._backend.broker.subscribed_elsewhere(own.keys() - here)
+        return {own[group] for group in here | elsewhere}
 
     async def history(self, group: str, last: int = 50) -> tuple[list[Publication], Position]:
         """Return the ``last`` publications of a group with history, oldest first, and the group's position.
@@ -409,7 +469,7 @@ class Realtime:
 
     def _policy(self, group: str) -> History:
         self._check_running()
-        policy = self._remembers(group)
+        policy = self._policies.of(group)
         if policy is None:
             raise ConfigurationError(
                 f"{group!r} has no history; write Realtime(history={{{group!r}: History(100, 300)}})"
@@ -437,6 +497,17 @@ class Realtime:
             held["groups"] = sum(name[0] not in "~\0" for name in self.hub.groups)
         return {**held, **(self.metrics.totals if isinstance(self.metrics, Counters) else {})}
 
+    def health(self) -> Health:
+        """Return whether this process should be given connections, and what is wrong with it, for a readiness route.
+
+        A backend that is away is no reason to send nobody here: the others have the same trouble, and this node
+        goes on with what it has.
+        """
+        if not self._entered:
+            return Health(False, ("this Realtime is not running",))
+        own = ("it drains: its connections are going elsewhere",) if self.draining else ()
+        return Health(not self.draining, (*own, *self._backend.broker.troubles()))
+
     # Sending away.
 
     async def disconnect(
@@ -447,27 +518,43 @@ class Realtime:
         code: int = CloseCode.DISCONNECTED,
         reason: str = "",
     ) -> None:
-        """Close all connections of ``identity``, or the one with the id ``connection``.
+        """Close all connections of ``identity``, or the one with the id ``connection``, wherever they are.
 
-        Raises `ValueError` for a code that may not be sent.
+        Raises `ValueError` for a code that may not be sent, `Unavailable` if other nodes cannot be told: then those
+        of this one are closed.
         """
         self._check_running()
         if (identity is None) == (connection is None):
             raise TypeError("disconnect() takes an identity or connection=, one of them")
         check_code(code)
-        for each in self._of(identity) if identity is not None else self._with_id(connection):
-            each.begin_close(code, reason or (CloseCode.DISCONNECTED.reason if code == CloseCode.DISCONNECTED else ""))
+        identity = None if identity is None else person(identity)
+        reason = reason or (CloseCode.DISCONNECTED.reason if code == CloseCode.DISCONNECTED else "")
+        await self._orders.give(Order("disconnect", code, reason, identity, connection))
 
     async def revoke(self, identity: str | None = None, *, token: str | None = None, ttl: float = 86400.0) -> None:
-        """Refuse ``identity``, or the token with the id ``token``, for ``ttl`` seconds, and close what it has open."""
+        """Refuse ``identity``, or the token with the id ``token``, for ``ttl`` seconds, and close what it has open.
+
+        Raises `Unavailable` if other nodes cannot be told: then it holds on this one.
+        """
         self._check_running()
         if (identity is None) == (token is None):
             raise TypeError("revoke() takes an identity or token=, one of them")
-        rule = f"user:{person(identity)}" if identity is not None else f"token:{token}"
-        await self._backend.ledger.revoke(rule, time.time() + ttl)
-        affected = self._of(identity) if identity is not None else self._with_token(token)
-        for each in affected:
-            each.begin_close(CloseCode.UNAUTHORIZED, "revoked")
+        identity = None if identity is None else person(identity)
+        order = Order("revoke", CloseCode.UNAUTHORIZED, REVOKED, identity, token=token, until=time.time() + ttl)
+        try:
+            await self._backend.ledger.revoke(order.rule, order.until)
+        finally:
+            await self._orders.give(order)
+
+    def _obey(self, order: Order) -> None:
+        """Send away whom ``order`` names."""
+        for each in self._named(order):
+            each.begin_close(order.code, order.reason)
+
+    def _named(self, order: Order) -> list[Connection]:
+        if order.identity is not None:
+            return self._of(order.identity)
+        return self._with_id(order.connection) if order.connection is not None else self._with_token(order.token)
 
     async def revoked(self, identity: Identity) -> bool:
         """Whether this identity, or the token it came with, is revoked now."""
@@ -477,8 +564,12 @@ class Realtime:
         return await self._backend.ledger.revoked(rules)
 
     async def claim(self, key: str, ttl: float) -> bool:
-        """Take ``key`` for ``ttl`` seconds, once for the whole fleet; false if somebody has it."""
-        return (await self._backend.ledger.claim(key, ttl)).state == "first"
+        """Take ``key`` for ``ttl`` seconds, once on all nodes; false if somebody has it.
+
+        While the others cannot be asked it is taken on this node, or with ``fail_open=False`` raises `Unavailable`.
+        """
+        claim = await self._backend.ledger.claim(key, ttl, shared=not self._fail_open)
+        return claim.state in ("first", "lost")
 
     def _of(self, identity: str | None) -> list[Any]:
         if person(identity).startswith("guest:"):  # guests are in no group of their own
@@ -500,6 +591,11 @@ class Realtime:
         """What may happen once."""
         return self._backend.ledger
 
+    @property
+    def limits(self) -> LimitStore:
+        """The budgets and caps that nodes share."""
+        return self._backend.limits
+
     def wire(self, encoding: Encoding, protocol: str | None, carrier: Carrier) -> Wire:
         """Return the one wire of this protocol, or of plain in this encoding, and carrier."""
         key = encoding, protocol, carrier
@@ -508,13 +604,46 @@ class Realtime:
             self._wires[key] = Wire(PLAIN[encoding] if spoken is None else spoken, carrier)
         return self._wires[key]
 
+    async def expect(self, user: Identity) -> None:
+        """Be ready for what is pushed to ``user``: nothing is lost if `register` follows before the next await.
+
+        `expect_no_more` has to follow, whatever happens. A backend that is away is not waited for.
+        """
+        if (own := own_group(user)) is None:
+            return
+        broker = self._backend.broker
+        broker.subscribe(own)
+        if not broker.troubles():
+            with suppress(Unavailable):
+                await (self.follow(own) if self.remembered(own) else broker.subscribed(own))
+
+    def expect_no_more(self, user: Identity) -> None:
+        """Let go of what `expect` has made ready, if nobody has come."""
+        if (own := own_group(user)) is not None:
+            self._backend.broker.unsubscribe(own)
+            self.unfollow(own)
+
     def register(self, connection: Connection) -> None:
         """Count ``connection`` among ours, from before its accept to after its end."""
         self.connections[connection.id] = connection
-        if connection.user.is_authenticated:
-            self.hub.join(connection, f"~{connection.user.identity}")
+        if (own := own_group(connection.user)) is not None:
+            self.hub.join(connection, own)
+            if self.remembered(own):
+                connection.start_soon(self._follow_own, connection, own)
         if connection.user.expires_at is not None:
             self._expiring[connection] = None
+
+    async def _follow_own(self, connection: Connection, own: str) -> None:
+        """Tell a client where what is pushed to it stands: one that has been away asks for what it missed."""
+        stream = None
+        while stream is None:
+            try:
+                stream = await self.follow(own)
+            except Unavailable:
+                await anyio.sleep(SWEEP)
+        if self._knows(connection):
+            connection.joined(own, stream.position)
+        self.unfollow(own)
 
     def welcome(self, connection: Connection) -> Welcome:
         """Return the first frame to a client of the protocol v1."""
@@ -560,14 +689,30 @@ class Realtime:
             await self.watch(connection, group, presence)
         return position
 
-    async def follow(self, group: str) -> Stream[Message] | None:
-        """Return the history of ``group`` on this node, up to date; ``None`` if it has none."""
-        policy = self._remembers(group)
-        return None if policy is None else await self._streams.follow(group, policy)
+    def remembered(self, group: str) -> bool:
+        """Whether ``group`` has a history."""
+        return self._policies.of(group) is not None
 
-    def _remembers(self, group: str) -> History | None:
-        """Return what is kept of ``group``; of what is said to a person nothing is, whatever the pattern."""
-        return None if group[0] == "~" else self._policies.of(group)
+    async def follow(self, group: str) -> Stream[Message] | None:
+        """Return the history of ``group`` on this node, up to date; ``None`` if it has none.
+
+        What is published from now on arrives at who becomes a member before the next await.
+        """
+        policy = self._policies.of(group)
+        if policy is not None:
+            return await self._streams.follow(group, policy)
+        await self._hear(group)
+        return None
+
+    async def _hear(self, group: str) -> None:
+        """Wait until other nodes are heard in ``group``; while that cannot be, this one alone has to do."""
+        broker = self._backend.broker
+        broker.subscribe(group)
+        try:
+            with suppress(Unavailable):
+                await broker.subscribed(group)
+        finally:
+            broker.unsubscribe(group)
 
     def enter(self, connection: Connection, group: str) -> bool:
         """Make ``connection`` a member of ``group``; false if it is one, or has ended."""
@@ -614,6 +759,12 @@ class Realtime:
         """Whether ``connection`` has not ended: one that has can join nothing."""
         return self.connections.get(connection.id) is connection
 
+    # Without an event loop.
+
+    def blocking(self) -> Blocking:
+        """Return the verbs for code without an event loop: ``with Realtime(url).blocking() as rt: rt.push(…)``."""
+        return Blocking(self)
+
     # Function style.
 
     def accept(
@@ -647,6 +798,11 @@ class Realtime:
 def ttl_ms(user: Identity) -> int | None:
     """Return the milliseconds that a token is still good for, ``None`` if for ever."""
     return None if user.expires_at is None else max(0, round((user.expires_at - time.time()) * 1000))
+
+
+def own_group(user: Identity) -> str | None:
+    """Return the group of all connections of one person; guests have none."""
+    return f"~{user.identity}" if user.is_authenticated else None
 
 
 def latest(publication: Publication) -> str:

@@ -90,6 +90,7 @@ class Stream(Generic[M]):
         self._fresh = home.tasks.time()  # when the newest of the ring came
         self._moved: anyio.Event | None = None  # there if somebody waits for the stream to move
         self._suspect: Position | None = None
+        self._interrupted = False
 
     _reader: Handle  # the task that reads the log, or did last
 
@@ -282,22 +283,29 @@ class Stream(Generic[M]):
 
     # A tail that was lost: nothing comes after it that would show the gap.
 
+    def interrupted(self) -> None:
+        """What the log has and this node has not at the next look was said while it could not hear."""
+        self._suspect, self._interrupted = None, True
+
     async def check(self) -> float:
         """Compare with where the log ends; return the seconds until the next look.
 
-        What the log has and this node has not may be on its way: it gets a second. Everything else that
-        differs is a matter for a read.
+        What the log has and this node has not may be on its way: it gets a second, if nothing was interrupted.
+        Everything else that differs is a matter for a read.
         """
         self._expire()
         if self._held is None:
+            interrupted, self._interrupted = self._interrupted, False
             if (suspect := self._suspect) is not None:
                 self._suspect = None
                 if not self._agrees(suspect):
                     self.distrust()
             elif (suspect := await self._compare()) is not None:
-                self._suspect = suspect
-                return STRIKE
-        return self._home.jitter(*CHECK)
+                if not interrupted:
+                    self._suspect = suspect
+                    return STRIKE
+                self.distrust()
+        return self._home.jitter(*((0.0, SPREAD) if self._interrupted else CHECK))
 
     async def _compare(self) -> Position | None:
         """Ask where the log ends; return that if it is ahead of us."""
@@ -382,6 +390,7 @@ class Streams(Generic[M]):
         if self._closed:
             raise Unavailable("no group is followed any more: this node stops")
         stream = self._streams[group] = Stream(group, history, self)
+        self.broker.subscribe(group)
         stream.distrust()
         self._plan(stream, self.jitter(*CHECK))
         return stream
@@ -419,6 +428,7 @@ class Streams(Generic[M]):
 
     def _drop(self, stream: Stream[M]) -> None:
         del self._streams[stream.group]
+        self.broker.unsubscribe(stream.group)
         stream.close()
         if stream.ready and self._leaving < FAREWELLS:
             self._leaving += 1
@@ -455,12 +465,14 @@ class Streams(Generic[M]):
         """What is live has been interrupted: look at every log within the next second."""
         self._due.clear()
         for stream in self._streams.values():
+            stream.interrupted()
             self._plan(stream, self.jitter(0.0, SPREAD))
 
     def close(self) -> None:
         """Follow nothing any more; who waits for a stream gets `Unavailable`."""
         self._closed = True
         for stream in self._streams.values():
+            self.broker.unsubscribe(stream.group)
             stream.close()
         self._streams.clear()
         self._due.clear()

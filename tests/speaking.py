@@ -34,8 +34,10 @@ from starlette_rt import (
 
 KEY = "a-key-for-the-tests-of-32-bytes!"
 
+kept = {"~*": History(50, 300)} if "KEEP_PUSHES" in os.environ else {}
 rt = Realtime(
-    history={"hist:*": History(100, 300)},
+    os.environ.get("REDIS_URL", "memory://"),
+    history={"hist:*": History(100, 300), **kept},
     presence_grace=0.1,
     ping_interval=float(os.environ.get("PING_INTERVAL", 25)),
     ping_timeout=float(os.environ.get("PING_TIMEOUT", 20)),
@@ -129,10 +131,20 @@ async def drain(request: Request) -> Response:
     return PlainTextResponse("")
 
 
+async def push(request: Request) -> Response:
+    """Push the text of the path to a person."""
+    published = await rt.push(request.path_params["name"], request.path_params["text"], "notice")
+    return PlainTextResponse("kept" if published.position is not None else "said")
+
+
 async def lose(request: Request) -> Response:
     """Forget what a group remembers, as a failover would, and look: its members hear of it. The one look inside."""
     group = request.path_params["group"]
-    rt._backend.broker._logs.pop(group)  # type: ignore[attr-defined]
+    broker: Any = rt._backend.broker
+    if "REDIS_URL" in os.environ:
+        await broker._link.command("DEL", *broker._names(group).keys)
+    else:
+        broker._logs.pop(group)
     stream = rt._streams.get(group)
     assert stream is not None
     await stream.check()
@@ -146,6 +158,7 @@ app = Starlette(
         Mount("/rt", rt.static()),
         Route("/token/{name}", token),
         Route("/drain", drain, methods=["POST"]),
+        Route("/push/{name}/{text}", push, methods=["POST"]),
         Route("/lose/{group}", lose, methods=["POST"]),
     ],
     middleware=[Middleware(RealtimeMiddleware, realtime=rt, tokens=tokens)],

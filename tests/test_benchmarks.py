@@ -1,14 +1,17 @@
 """The benchmarks still run: each with tiny numbers, on real servers.
 
 The law of this file: it tests that a benchmark measures, refuses and writes as it says, never how fast anything is;
-a figure from a shared machine is not a test. Socket.IO comes from npm and takes part only where the environment says
-`BENCH_SOCKETIO=1`.
+a figure from a shared machine is not a test, but a count of commands is. The rivals come from npm and PyPI and take
+part only where the environment says `BENCH_SOCKETIO=1`. What needs redis-server says so where there is none.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RIVALS = ["loop", "socketio"] if os.environ.get("BENCH_SOCKETIO") == "1" else ["loop"]
+needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not on the PATH")
 
 
 def bench(name: str, *options: str) -> str:
@@ -33,10 +37,17 @@ def bench(name: str, *options: str) -> str:
     return done.stdout
 
 
+def tables(printed: str) -> list[list[list[str]]]:
+    """The cells of each table's rows, without its head."""
+    blocks = [block.splitlines() for block in printed.split("\n\n") if block.lstrip().startswith("|")]
+    lines = [[line for line in block if line.startswith("|")][2:] for block in blocks]
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table] for table in lines]
+
+
 def rows(printed: str) -> list[list[str]]:
-    """The cells of the table's rows, without its head."""
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    """The cells of the only table's rows."""
+    (table,) = tables(printed)
+    return table
 
 
 def listener() -> tuple[object, SimpleNamespace]:
@@ -115,7 +126,7 @@ def test_a_page_without_the_markers_is_refused_and_left_alone(tmp_path: Path) ->
 
 def test_the_page_has_a_section_for_each_benchmark() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for section in ("fanout", "inbound", "idle"):
+    for section in ("fanout", "inbound", "idle", "redis", "presence"):
         assert text.index(f"<!-- {section} -->") < text.index(f"<!-- /{section} -->")
 
 
@@ -184,3 +195,114 @@ def test_http_prints_the_price_of_a_request() -> None:
     assert re.fullmatch(
         r"bare [\d.]+ µs, through the middleware [\d.]+ µs: -?[\d.]+ µs for each HTTP request\n", bench("http")
     )
+
+
+@needs_redis
+def test_across_nodes_a_broadcast_is_one_command_of_redis_and_each_contender_is_measured() -> None:
+    ours = ["generic", "fast", "generic-history", "fast-history"]
+    rivals = ["python-socketio", "channels-core", "channels-pubsub", "socketio"] if "socketio" in RIVALS else []
+    floor = ["raw"] if rivals else []  # redis-py of its own comes from PyPI, too
+    printed = bench("redis", "--members", "1", "5", "20", "--rounds", "2", "--contenders", *rivals, *ours, *floor)
+    nodes, delays, redis = tables(printed)
+    assert len(nodes) == len(rivals + ours)
+    assert len(delays) == len(redis) == len(rivals + ours + floor)
+    assert all(float(cell.replace(",", "")) > 0 for row in [*nodes, *delays] for cell in row[1:3])
+    commands = {row[0]: dict(reversed(count.split()) for count in row[-1].split(", ")) for row in redis}
+    assert set(commands["starlette_rt, any server"]) == {"`publish`"}
+    assert 0.9 < float(commands["starlette_rt, any server"]["`publish`"]) < 1.1  # renewals are no whole numbers
+    assert 0.9 < float(commands["starlette_rt, its uvicorn class, with history"]["`evalsha`"]) < 1.1
+    assert "python -m tests.benchmarks.redis --members 1 5 20" in printed
+
+
+@needs_redis
+def test_presence_asks_its_three_questions() -> None:
+    few = ["--storms", "20", "--returns", "20", "--groups", "5", "--silence", "0.5"]
+    storms, silence, returns = tables(bench("presence", *few))
+    assert [row[0] for row in storms] == ["nobody watches", "each watches the count", "each watches the members"]
+    assert [row[0] for row in silence] == ["5 idle members", "25 idle members"]
+    recovered = {row[0]: row[1] for row in returns}
+    assert recovered["20 guests who recover"] == recovered["20 users who recover"] == "20"
+
+
+@needs_redis
+def test_what_asking_redis_takes_is_not_counted() -> None:
+    from tests.benchmarks.store import RedisServer
+
+    with RedisServer() as store:
+        before = store.before()
+        for _ in range(3):
+            nothing = store.since(before)
+            assert (nothing.total, nothing.received, nothing.sent) == (0, 0, 0)
+
+
+@needs_redis
+def test_what_others_ask_of_redis_is_counted_to_the_byte() -> None:
+    from tests.benchmarks.store import RedisServer
+
+    with RedisServer() as store, socket.create_connection(("127.0.0.1", store.port), timeout=5) as other:
+        before = store.before()
+        other.sendall(b"PING\r\n" * 2)
+        heard = b""
+        while len(heard) < 14:
+            heard += other.recv(100)
+        since = store.since(before)
+    assert (dict(since.calls), since.received, since.sent) == ({"ping": 2}, 12, 14)
+    assert since.at > 0
+
+
+def test_a_message_carries_the_clock_and_is_no_longer_for_it() -> None:
+    from tests.benchmarks.apps.stamp import now, stamped
+
+    plain = {"seq": 10_000_000, "pad": "x" * 75}
+    before = now()
+    message = stamped(plain)
+    assert before <= message["at"] <= now()
+    assert len(json.dumps(message, separators=(",", ":"))) == len(json.dumps(plain, separators=(",", ":"))) == 100
+
+
+def test_the_load_generator_tells_how_long_a_message_was_on_its_way() -> None:
+    from tests.benchmarks.apps.stamp import now
+    from tests.benchmarks.hear import Delayed
+    from tests.benchmarks.load import Tally
+
+    tally, delays = Tally(), []
+    tally.expect(1)
+    client = Delayed(tally, socketio=False, delays=delays)
+    client.on_ws_frame(SimpleNamespace(), frame(b'{"seq":10000000,"at":%d,"pad":""}' % (now() - 5000)))
+    assert 5000 <= delays[0] < 5_000_000
+    assert tally.done.is_set()
+
+
+def test_who_comes_says_its_line_and_is_there_when_it_is_answered() -> None:
+    from tests.benchmarks.hear import Comer
+    from tests.benchmarks.load import Tally
+
+    said: list[bytes] = []
+    transport = SimpleNamespace(send=lambda kind, payload: said.append(payload))
+    comer = Comer(Tally(), "join")
+    comer.on_ws_connected(transport)
+    comer.on_ws_frame(transport, frame(b'{"type":"welcome"}'))
+    comer.on_ws_frame(transport, frame(b'{"type":"ping"}'))
+    assert not comer.joined.is_set()
+    comer.on_ws_frame(transport, frame(b'{"type":"reply","ref":1,"data":{"recovered":true}}'))
+    assert comer.joined.is_set()
+    assert comer.recovered
+    assert said == [b"join", b'{"type":"pong"}']
+
+
+def test_a_round_across_nodes_says_less_to_more_members() -> None:
+    from tests.benchmarks.redis import scenarios
+
+    assert [(each.members, each.messages, each.burst) for each in scenarios([500, 1, 50])] == [
+        (1, 30, 1),
+        (50, 6, 1),
+        (50, 10, 10),
+        (500, 1, 1),
+    ]
+
+
+def test_a_rival_that_cannot_be_installed_is_named() -> None:
+    from tests.benchmarks.common import install
+
+    with pytest.raises(SystemExit, match=r"a rival could not be installed .*leave it out of --contenders"):
+        install("a rival", [sys.executable, "-c", "raise SystemExit(1)"], ROOT)

@@ -40,6 +40,7 @@ from starlette_rt import (
     event,
 )
 from starlette_rt import connection as connections
+from starlette_rt.backends.memory import MemoryLimits
 from starlette_rt.connection import Connection
 from starlette_rt.frames import Refresh
 from starlette_rt.outbox import OutboxLimits
@@ -895,6 +896,48 @@ async def test_a_group_of_the_servers_cannot_be_joined_left_or_tracked() -> None
 async def test_the_group_of_ones_own_identity_cannot_be_joined_either() -> None:
     async with Stage(Board) as stage, stage.talk("ann") as ann:
         assert await ann.refused("join", group="~ann") == "bad_name"
+
+
+async def test_what_is_pushed_to_a_person_can_be_kept_for_when_they_come_back() -> None:
+    async with Stage(Board, history={"~*": History(10, 300)}) as stage:
+        async with stage.talk("ann") as ann:
+            joined = await ann.hear()
+            assert (joined["type"], joined["group"], joined["position"]["offset"]) == ("joined", "~ann", 0)
+            await stage.rt.push("ann", "first", "notice")
+            first = await ann.hear()
+            assert (first["group"], first["event"], first["offset"]) == ("~ann", "notice", 1)
+        seen = {**joined["position"], "offset": 1, "tag": first["tag"]}
+        published = await stage.rt.push("ann", "missed", "notice")
+        async with stage.talk("ann") as ann:
+            position = (await ann.hear())["position"]
+            assert published.position is not None
+            assert position == published.position.asdict()
+            found = await ann.get("join", group="~ann", position=seen)
+            assert found["recovered"]
+            assert [event["data"] for event in found["events"]] == ["missed"]
+            newest = await ann.get("join", group="~ann", last=5)
+            assert [event["data"] for event in newest["events"]] == ["first", "missed"]
+            await stage.rt.push("ann", "live")
+            assert (await ann.hear())["data"] == "live"
+
+
+async def test_what_is_kept_for_a_person_is_nobody_elses() -> None:
+    async with Stage(Board, history={"~*": History(10, 300)}) as stage, stage.talk("bob") as bob:
+        await bob.hear()
+        await stage.rt.push("ann", "secret")
+        assert await bob.refused("join", group="~ann") == "bad_name"
+        assert await bob.refused("join", group="~bob", presence="count") == "bad_name"
+        assert await bob.refused("leave", group="~bob") == "bad_name"
+        async with stage.talk(session=SESSION) as guest:
+            assert await guest.refused("join", group="~ann") == "bad_name"
+            assert await guest.refused("join", group=f"~{guest.welcome['identity']}") == "bad_name"
+
+
+async def test_a_plain_client_hears_what_is_kept_as_it_hears_any_push() -> None:
+    async with Stage(Board, history={"~*": History(10, 300)}) as stage, stage.plain("ann") as ann:
+        await until(lambda: stage.rt._streams.get("~ann") is not None)
+        await stage.rt.push("ann", {"n": 1})
+        assert json.loads(await ann.receive()) == {"n": 1}
 
 
 async def test_joining_twice_is_joining_once_and_asks_once() -> None:
@@ -2002,3 +2045,138 @@ async def test_a_connection_ends_also_where_the_end_of_its_whisper_cannot_be_sai
             stage.rt._backend.broker.publish = unable  # type: ignore[method-assign, assignment]
         await turns(50)
         assert not stage.rt.connections
+
+
+# Budgets that other nodes share
+
+
+class Others(MemoryLimits):
+    """The limits of all nodes, in one process; ``gate`` is waited for before anything is taken."""
+
+    shared = True
+
+    def __init__(self) -> None:
+        super().__init__(anyio.current_time)
+        self.gate = anyio.Event()
+        self.gate.set()
+        self.trouble: Exception | None = None
+
+    async def take(self, dues: Any, seen: Any) -> float:
+        await self.gate.wait()
+        if self.trouble is not None:
+            raise self.trouble
+        return await super().take(dues, seen)
+
+    def use_up(self, name: str, rate: str) -> None:
+        """Another node has let pass all that there was for this budget."""
+        limit = RateLimit(rate, per="user")
+        amount = round(limit.rates[0][1] / limit.rates[0][0]) + 1
+        assert not self.buckets.hit(name, limit, anyio.current_time(), amount)
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> Others:
+    """What stages of this test share."""
+    made = Others()
+    monkeypatch.setattr(Realtime, "limits", property(lambda self: made), raising=False)
+    return made
+
+
+PER_USER = [RateLimit("3/hour", per="user")]
+
+
+@both
+async def test_what_other_nodes_have_let_pass_counts(others: Others, spelling: str) -> None:
+    made = board(limits=PER_USER)
+    async with Stage(made) as one, Stage(made) as two:
+        async with one.talk("ann", spelling=spelling) as here, two.talk("ann", spelling=spelling) as there:
+            await here.say(*(echo(ref) for ref in range(2)))
+            assert set((await here.answers(0, 1)).values()) == {"reply"}
+            await there.say(*(echo(ref) for ref in range(4)))
+            assert await there.answers(0, 1, 2, 3) == {0: "reply", 1: "rate_limited", 2: "skipped", 3: "rate_limited"}
+            answer = await there.ask("join", group="board")
+            assert (answer["message"], answer["temporary"]) == ("too many messages", True)
+            assert 1_100_000 < answer["retry_after_ms"] <= 1_200_000
+
+
+async def test_a_request_that_waits_for_other_nodes_keeps_its_place(others: Others) -> None:
+    async with Stage(board(limits=PER_USER)) as stage, stage.talk("ann") as ann:
+        others.gate = anyio.Event()
+        await ann.say(echo(1, "a"), echo(2, "b"))
+        await ann.say({"type": "leave", "ref": 3, "group": "board"})
+        await ann.silent()
+        others.gate.set()
+        assert [frame["ref"] for frame in await ann.heard(3)] == [1, 2, 3]
+
+
+async def test_the_limit_of_an_event_is_shared_too_and_named(others: Others) -> None:
+    @event("count", limit=RateLimit("3/hour", per="user"))
+    async def count(self: Any) -> None: ...
+
+    made = board(count)
+    async with Stage(made) as stage, stage.talk("ann") as ann, stage.talk() as guest:
+        others.use_up(f"{made.__module__}.{made.__qualname__}:count:0:user:ann", "3/hour")
+        answer = await ann.ask("event", event="count")
+        assert (answer["code"], answer["message"]) == ("rate_limited", "too many count")
+        assert (await ann.ask("event", event="echo"))["type"] == "reply"
+        assert (await guest.ask("event", event="count"))["type"] == "reply", "a guest is no user"
+
+
+async def test_a_whisper_that_other_nodes_leave_no_room_for_is_dropped_or_refused(others: Others) -> None:
+    made = board(whispers={"typing": Whisper(bool, limit=RateLimit("3/hour", per="user"))})
+    said = {"type": "whisper", "group": "board", "event": "typing", "data": True}
+    async with Stage(made) as stage, stage.talk("ann") as ann, stage.talk("bob") as bob:
+        for client in (ann, bob):
+            await client.get("join", group="board")
+        await ann.say(said)
+        assert (await bob.hear())["from"] == "ann"
+        others.trouble = EventError("rate_limited", "too many whispers", retry_after=1)
+        await ann.say(said)
+        await ann.silent()
+        others.trouble = Unavailable("the backend rests")
+        await ann.say(said)
+        assert await ann.refused("whisper", group="board", event="typing", data=True) == "rate_limited", "of this node"
+        async with stage.talk("cy") as cy:
+            await cy.get("join", group="board")
+            assert await cy.refused("whisper", group="board", event="typing", data=True) == "unavailable"
+        await bob.silent()
+
+
+async def test_where_nobody_can_say_what_other_nodes_let_pass_it_is_tried_again_later(others: Others) -> None:
+    async with Stage(board(limits=PER_USER)) as stage, stage.talk("ann") as ann:
+        others.trouble = Unavailable("the backend rests")
+        answer = await ann.ask("event", event="echo")
+        assert (answer["code"], answer["temporary"]) == ("unavailable", True)
+        others.trouble = None
+        assert (await ann.ask("event", event="echo"))["type"] == "reply"
+
+
+async def test_what_only_this_connection_pays_for_asks_no_other_node(others: Others) -> None:
+    others.trouble = RuntimeError("asked")
+    async with Stage(board(limits=[RateLimit("9/hour")])) as stage, stage.talk("ann") as ann:
+        assert (await ann.ask("event", event="echo"))["type"] == "reply"
+    async with Stage(board(limits=PER_USER)) as stage, stage.talk() as guest:
+        assert (await guest.ask("event", event="echo"))["type"] == "reply"
+
+
+async def test_a_plain_client_pays_in_its_order_too(others: Others) -> None:
+    class Echo(RealtimeEndpoint):
+        limits = PER_USER
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            await websocket.accept()
+
+        async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+            await self.push(data)
+
+    async with Stage(Echo) as one, Stage(Echo) as two, one.plain("ann") as here, two.plain("ann") as there:
+        await here.send_json(0)
+        assert await here.receive_json() == 0
+        others.gate = anyio.Event()
+        for number in range(3):
+            await there.send_json(number)
+        await there.silent()
+        others.gate.set()
+        heard = [await there.receive_json() for _ in range(3)]
+        assert heard[:2] == [0, 1]
+        assert heard[2]["code"] == "rate_limited"

@@ -44,6 +44,25 @@ class Watcher:
         return heard
 
 
+class SlowStore(MemoryPresence):
+    """A store that notes what is followed; with ``open`` unset, to follow takes until it is set."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.open = anyio.Event()
+        self.open.set()
+        self.followed: list[tuple[str, str]] = []
+
+    async def follow(self, group: str, part: Any) -> None:
+        if (group, part) not in self.followed:
+            self.followed.append((group, part))
+        if not self.open.is_set():
+            await self.open.wait()
+
+    def unfollow(self, group: str, part: Any) -> None:
+        self.followed.remove((group, part))
+
+
 class World:
     """A feed with its hub and its store. It is the feed's `Tasks` too: real tasks, our time."""
 
@@ -52,7 +71,7 @@ class World:
         self.now = 100.0
         self.running = 0
         self.hub = Hub(self._tasks.schedule, Metrics())
-        self.store = MemoryPresence(10.0, self.time)
+        self.store = SlowStore(10.0, self.time)
         self.feed = Feed(self.hub, self.store, self)  # type: ignore[arg-type]
         self.hub.on_crowd = self.feed.crowd
         self.wire = Wire(PLAIN["json"], ASGI)
@@ -82,6 +101,7 @@ class World:
 
     async def watch(self, how: Any = "members", group: str = "a") -> Watcher:
         watcher = Watcher(self.wire)
+        self.hub.join(watcher, group)
         await self.feed.watch(watcher, group, how)
         return watcher
 
@@ -219,6 +239,7 @@ async def test_those_who_count_hear_of_what_the_first_watcher_was_told_at_once(a
 async def test_presence_takes_its_place_in_the_order_of_everything(alive: Living) -> None:
     async with alive() as world:
         watcher = Watcher(world.wire)
+        world.hub.join(watcher, "a")
         world.hub.say(watcher, Message(Raw('"before"')))
         await world.feed.watch(watcher, "a", "members")
         world.hub.say(watcher, Message(Raw('"after"')))
@@ -262,12 +283,14 @@ async def test_a_group_that_is_neither_watched_nor_inhabited_is_forgotten(alive:
         await world.settle()
         assert world.store._rosters  # the watcher counts on from this version
         world.feed.unwatch(watcher, "a")
+        world.hub.leave(watcher, "a")
         await world.settle()
         await world.later(DIFF_PERIOD)
         assert not world.store._rosters
         assert not world.hub.groups
         feed = world.feed
         assert not any([feed._dirty, feed._counting, feed._rested, feed._large, feed._states])
+        assert not any([feed._counts, feed._coming])
 
 
 async def test_where_nobody_watches_nothing_is_spelled_and_the_diff_is_taken(alive: Living) -> None:
@@ -345,6 +368,105 @@ async def test_watching_another_way_replaces_the_first(alive: Living) -> None:
         assert [frame["type"] for frame in watcher.take()] == ["presence_state", "presence_diff"]
 
 
+async def test_a_count_that_is_what_was_told_last_is_not_told_again(alive: Living) -> None:
+    async with alive() as world:
+        watcher = await world.watch("count")
+        await world.track("ada")
+        await world.later(COUNT_PERIOD)
+        await world.track("ada", meta={"away": True})
+        await world.later(COUNT_PERIOD)
+        await world.track("bob")
+        await world.untrack("bob")
+        await world.later(COUNT_PERIOD)
+        assert [frame["count"] for frame in watcher.take()] == [0, 1]
+
+
+async def test_who_begins_to_count_while_it_changes_ends_with_the_number_of_all(alive: Living) -> None:
+    async with alive() as world:
+        first = await world.watch("count")
+        await world.track("ada")
+        await world.settle()
+        await world.track("bob")  # not told yet
+        second = await world.watch("count")
+        await world.untrack("bob")  # what the first was told last is right again, what the second was is not
+        await world.later(COUNT_PERIOD)
+        assert [frame["count"] for frame in first.take()][-1] == 1
+        assert [frame["count"] for frame in second.take()] == [2, 1]
+
+
+# Following
+
+
+@pytest.mark.parametrize("how", ["members", "count"])
+async def test_a_group_is_followed_as_long_as_somebody_watches(alive: Living, how: Any) -> None:
+    async with alive() as world:
+        one, two = await world.watch(how), await world.watch(how)
+        assert world.store.followed == [("a", how)]
+        world.feed.unwatch(one, "a")
+        assert world.store.followed == [("a", how)]
+        world.hub.forget(two)
+        assert world.store.followed == []
+
+
+async def test_who_watches_another_way_follows_that(alive: Living) -> None:
+    async with alive() as world:
+        watcher = await world.watch("members")
+        await world.feed.watch(watcher, "a", "members")
+        assert world.store.followed == [("a", "members")]
+        await world.feed.watch(watcher, "a", "count")
+        assert world.store.followed == [("a", "count")]
+
+
+@pytest.mark.parametrize("how", ["members", "count"])
+async def test_who_has_left_before_the_group_is_followed_is_told_nothing(alive: Living, how: Any) -> None:
+    async with alive() as world:
+        world.store.open = anyio.Event()
+        watcher, other = Watcher(world.wire), Watcher(world.wire)
+        for each in (watcher, other):
+            world.hub.join(each, "a")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(world.feed.watch, watcher, "a", how)
+            tasks.start_soon(world.feed.watch, other, "a", how)
+            await world.settle()
+            world.hub.forget(watcher)  # its connection has ended
+            world.store.open.set()
+        await world.settle()
+        assert watcher.take() == []
+        assert len(other.take()) == 1
+        world.hub.leave(other, "a")
+        world.feed.unwatch(other, "a")
+        assert not world.hub.groups
+        assert world.store.followed == []
+
+
+async def test_a_group_stays_followed_for_who_is_about_to_watch(alive: Living) -> None:
+    async with alive() as world:
+        first, second = await world.watch(), Watcher(world.wire)
+        world.hub.join(second, "a")
+        world.store.open = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(world.feed.watch, second, "a", "members")
+            await world.settle()
+            world.feed.unwatch(first, "a")
+            assert world.store.followed == [("a", "members")]
+            world.store.open.set()
+        await world.track("ada")
+        await world.settle()
+        assert [frame["type"] for frame in second.take()] == ["presence_state", "presence_diff"]
+
+
+async def test_who_is_cancelled_before_the_group_is_followed_leaves_nothing_behind(alive: Living) -> None:
+    async with alive() as world:
+        world.store.open = anyio.Event()
+        watcher = Watcher(world.wire)
+        world.hub.join(watcher, "a")
+        with anyio.move_on_after(0):
+            await world.feed.watch(watcher, "a", "members")
+        assert world.store.followed == []
+        assert not world.feed._coming
+        world.store.open.set()
+
+
 # Many members
 
 
@@ -416,6 +538,7 @@ async def test_counters_and_watchers_of_a_large_group_hear_the_same_count(alive:
 async def test_a_watcher_of_the_protocol_is_told_the_same_in_its_spelling(alive: Living, protocol: V1) -> None:
     async with alive() as world:
         plain, other = await world.watch(), Watcher(Wire(protocol, ASGI))
+        world.hub.join(other, "a")
         await world.feed.watch(other, "a", "members")
         await world.track("ann", meta={"n": 1})
         await world.settle()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, BaseUser, SimpleUser, UnauthenticatedUser
 from starlette.exceptions import HTTPException
@@ -32,9 +34,13 @@ from starlette_rt import (
     RealtimeEndpoint,
     RealtimeMiddleware,
     TokenSigner,
+    Unavailable,
     gate,
 )
+from starlette_rt.admission import Admission, Handshake
+from starlette_rt.backends.memory import MemoryLimits, memory
 from starlette_rt.gate import linger
+from starlette_rt.limits import ConnectionCounter
 from starlette_rt.testing import Refused, connect, lifespan
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -398,6 +404,125 @@ async def test_guests_have_no_limit_per_user() -> None:
     app = live(connections=ConnectionLimits(per_user=1))
     async with connect(app, "/ws") as one, connect(app, "/ws") as two:
         assert await one.receive_json() != await two.receive_json()
+
+
+class Shared(MemoryLimits):
+    """The limits of several nodes, in one process; ``take_cap`` may do something of the test's first."""
+
+    shared = True
+
+    def __init__(self, before: Callable[[], Awaitable[None]] = checkpoint) -> None:
+        super().__init__(anyio.current_time)
+        self._before = before
+
+    async def take_cap(self, identity: str, most: int) -> bool:
+        await self._before()
+        return await super().take_cap(identity, most)
+
+
+class Together(Realtime):
+    """One that shares its limits."""
+
+    def __init__(self, limits: Shared) -> None:
+        super().__init__(backend=memory(grace=0, now=anyio.current_time)._replace(limits=limits))
+
+    @property
+    def limits(self) -> Shared:
+        return self._backend.limits
+
+
+def shared_app(limits: Shared, endpoint: Any = Whoami, **caps: int) -> Starlette:
+    return live(endpoint, realtime=Together(limits), tokens=tokens, connections=ConnectionLimits(**caps))
+
+
+async def test_the_cap_of_a_person_holds_for_all_nodes_and_is_given_back() -> None:
+    limits = Shared()
+    one, two = shared_app(limits, per_user=1), shared_app(limits, per_user=1)
+    async with lifespan(one), lifespan(two):
+        for app, other in ((one, two), (two, one)):
+            async with connect(app, "/ws", token=token()) as client:
+                await client.receive_json()
+                refused = await refusal(other, token=token())
+                assert (refused.status, refused.json()["message"]) == (429, "too many connections of this user")
+                assert (await refusal(other, token="bad")).status == 401
+                async with connect(other, "/ws", token=token("bob")) as bob:
+                    await bob.receive_json()
+    assert not limits._caps
+
+
+async def test_the_other_caps_hold_for_each_node() -> None:
+    limits = Shared()
+    one, two = (shared_app(limits, total=1, per_ip=1) for _ in range(2))
+    async with connect(one, "/ws", token=token()), connect(two, "/ws", token=token()) as client:
+        await client.receive_json()
+        assert not limits._caps
+
+
+async def test_a_slot_is_given_back_whatever_happens_before_the_connection_is_there() -> None:
+    class Closed(RealtimeEndpoint):
+        async def on_connect(self, websocket: WebSocket) -> None:
+            raise HTTPException(418)
+
+    limits = Shared()
+    app = shared_app(limits, Closed, per_user=1, total=1)
+    async with lifespan(app):
+        for _ in range(2):
+            assert (await refusal(app, token=token())).status == 418
+    assert not limits._caps
+
+
+async def test_a_place_in_this_process_is_given_back_where_the_others_have_none() -> None:
+    limits = Shared()
+    one, two = shared_app(limits, per_user=1, total=1), shared_app(limits, per_user=1, total=1)
+    async with lifespan(two), connect(one, "/ws", token=token()) as client:
+        await client.receive_json()
+        assert (await refusal(two, token=token())).status == 429
+        async with connect(two, "/ws", token=token("bob")) as bob:
+            await bob.receive_json()
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "failed"])
+async def test_a_place_in_this_process_is_given_back_where_the_others_do_not_answer(ends: str) -> None:
+    async def trouble() -> None:
+        if ends == "failed":
+            raise RuntimeError("a bug")
+        await anyio.sleep_forever()
+
+    counter = ConnectionCounter(ConnectionLimits(per_user=1, total=1))
+    admission = Admission(None, Handshake("/ws", "testserver", None, "ws", None), counter=counter)
+    raised = pytest.raises(RuntimeError) if ends == "failed" else nullcontext()
+    with anyio.move_on_after(0.001), raised:
+        await gate.take_slot(admission, Identity("ann"), Shared(trouble))
+    assert counter.connections == 0
+
+
+async def test_a_drain_that_begins_while_the_others_are_asked_refuses_the_newcomer() -> None:
+    async def drain() -> None:
+        rt.draining = True
+
+    limits = Shared(drain)
+    rt = Together(limits)
+    app = live(realtime=rt, tokens=tokens, connections=ConnectionLimits(per_user=1, total=1))
+    async with lifespan(app):
+        refused = await refusal(app, token=token())
+        assert (refused.status, refused.json()["message"]) == (503, "the server is restarting")
+        assert not limits._caps
+        rt.draining = False
+        assert (await refusal(app, token=token())).status == 503, "the place in this process was given back"
+
+
+async def test_where_nobody_can_say_who_is_revoked_nobody_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    rt = Realtime()
+
+    async def revoked(identity: Identity) -> bool:
+        raise Unavailable("revocations could not be read yet")
+
+    monkeypatch.setattr(rt, "revoked", revoked)
+    async with lifespan(app := live(realtime=rt, tokens=tokens, user=SimpleUser("carl"))):
+        for proof in ({"token": token()}, {}):
+            refused = await refusal(app, **proof)
+            assert (refused.status, refused.json()["error"]) == (503, "unavailable")
+            assert int(refused.headers["retry-after"]) > 0
 
 
 async def test_while_it_does_not_run_each_handshake_is_503_and_one_error_names_the_line_to_write(

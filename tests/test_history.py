@@ -346,9 +346,16 @@ def test_an_epoch_is_renewed_once_by_those_who_saw_the_same_end() -> None:
     [
         ([("a", History(1, 1))], 'write history={"board:\\*"'),
         ({"": History(1, 1)}, 'write history={"board:\\*"'),
-        ({"~*": History(1, 1)}, "what is pushed to a person is not kept"),
     ],
 )
 def test_patterns_that_cannot_work_are_refused_with_what_to_write(patterns: Any, sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=sentence):
         Policies(patterns)
+
+
+def test_what_is_pushed_to_people_is_meant_by_patterns_that_begin_so() -> None:
+    everything, pushed = History(1, 1), History(2, 2)
+    assert Policies({"*": everything}).of("~alice") is None
+    policies = Policies({"~*": pushed, "*": everything})
+    assert policies.of("~alice") is pushed
+    assert policies.of("alice") is everything

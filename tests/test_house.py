@@ -142,14 +142,34 @@ FORBIDDEN_WORDS = {"channel", "config", "core", "helper", "helpers", "manager", 
 
 
 def without_a_test_file(package: Path, tests: Path) -> list[str]:
-    """Modules without a mirror; a module in a folder may share the test file of its folder."""
+    """Modules without a mirror.
+
+    One in a folder may share the test file of its folder. One in a folder of a folder has a test file that is named
+    after both, or shares that of a neighbour which imports it.
+    """
     missing = []
     for module, path in modules(package).items():
-        *folder, name = module.split(".")
-        mirrors = [f"test_{part}.py" for part in (name, *folder)]
-        if path.name != "__init__.py" and not any((tests / mirror).exists() for mirror in mirrors):
+        mirrors = _mirrors(module)
+        exists = any((tests / mirror).exists() for mirror in mirrors) or _is_tested_with_a_neighbour(module, tests)
+        if path.name != "__init__.py" and not exists:
             missing.append(f"{module} has no {' or '.join(mirrors)}")
     return missing
+
+
+def _mirrors(module: str) -> list[str]:
+    *folder, name = module.split(".")
+    return [f"test_{part}.py" for part in (name, *folder)] if len(folder) < 2 else [f"test_{folder[-1]}_{name}.py"]
+
+
+def _is_tested_with_a_neighbour(module: str, tests: Path) -> bool:
+    *folder, _ = module.split(".")
+    files = tests.glob(f"test_{folder[-1]}_*.py") if len(folder) > 1 else ()
+    names = {name for file in files for found in imports(file, "") for name in (found.name, _parent(found.name))}
+    return f"{PACKAGE}.{module}" in names
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def forbidden_names(package: Path) -> list[str]:
@@ -195,6 +215,18 @@ def test_a_module_without_a_test_file_is_found(tmp_path: Path) -> None:
         "backends.base has no test_base.py or test_backends.py",
         "limits has no test_limits.py",
     ]
+
+
+def test_a_module_deep_down_is_tested_under_the_name_of_its_folder_too(tmp_path: Path) -> None:
+    parts = ("pipe", "replica", "nodes")
+    package = house(tmp_path / "package", init="", pipe="", **{f"backends__redis__{part}": "" for part in parts})
+    tests = house(tmp_path / "tests", test_pipe="", test_backends="", test_redis_presence=f"import {PACKAGE}.x")
+    assert without_a_test_file(package, tests) == [
+        f"backends.redis.{part} has no test_redis_{part}.py" for part in sorted(parts)
+    ]
+    house(tests, test_redis_pipe="", test_redis_presence=f"from {PACKAGE}.backends.redis.replica import Replica")
+    house(tests, test_other=f"from {PACKAGE}.backends.redis import nodes")
+    assert without_a_test_file(package, tests) == ["backends.redis.nodes has no test_redis_nodes.py"]
 
 
 def test_no_module_has_a_name_that_means_anything() -> None:

@@ -6,11 +6,13 @@ The law of this file: it puts together what stands elsewhere, ``tests.second_cli
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from starlette_rt import Identity
+from tests.redises import RedisServer
 from tests.second_client import Client, Spelling
 from tests.servers import Server, serve
 from tests.speaking import tokens
@@ -24,9 +26,14 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", params=["uvicorn", "uvicorn-rt"])
+@pytest.fixture(scope="module", params=["uvicorn", "uvicorn-rt", "redis"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with serve("tests.speaking:app", request.param, env={"PING_INTERVAL": "1.5", "PING_TIMEOUT": "1.5"}) as server:
+    env = {"PING_INTERVAL": "1.5", "PING_TIMEOUT": "1.5"}
+    with ExitStack() as stack:
+        kind = request.param
+        if kind == "redis":
+            kind, env["REDIS_URL"] = "uvicorn-rt", stack.enter_context(RedisServer()).url
+        server = stack.enter_context(serve("tests.speaking:app", kind, env=env))
         yield server
         log = server.log()
         assert "Traceback" not in log.replace("a bug in a handler", "") or "a bug in a handler" in log

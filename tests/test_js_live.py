@@ -52,3 +52,13 @@ def test_five_hundred_events_said_offline_arrive_in_order_and_once_under_a_tight
     assert told["heard"] == list(range(500))
     assert told["numbers"] == list(range(1, 501))
     assert told["code"] == "open"
+
+
+def test_what_was_pushed_while_one_was_away_is_heard_once_and_in_order() -> None:
+    with serve("tests.speaking:app", "uvicorn-rt", env={"KEEP_PUSHES": "1"}) as running:
+        command = [find(), str(SCRIPT.with_name("notices.mjs")), running.http]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        assert done.returncode == 0, done.stderr + running.log()
+    told = json.loads(done.stdout)
+    assert told["heard"] == ["1", "2", "3", "4"]
+    assert told["recovered"] == [False, True, True, False]

@@ -17,7 +17,9 @@ from starlette_rt.limits import (
     Buckets,
     ConnectionCounter,
     ConnectionLimits,
+    Due,
     Meter,
+    Per,
     RateLimit,
     Refused,
     Tats,
@@ -396,3 +398,35 @@ def test_the_counter_agrees_with_a_plain_count_and_keeps_nothing_of_those_that_l
     for ip, user in inside.elements():
         counter.release(ip, user)
     assert counter._counts == {}
+
+
+# Budgets that other nodes share
+
+
+def test_what_a_message_owes_to_shared_budgets() -> None:
+    per_user, per_ip = RateLimit("5/hour", per="user", cost=2), RateLimit("999/hour", per="ip", unit="bytes")
+    meter = Meter("Chat", [RateLimit("9/hour"), per_user, per_ip])
+    assert meter.dues("ada", "192.0.2.1", 7) == [
+        Due("Chat:1:user:", "ada", per_user, 2),
+        Due("Chat:2:ip:", "192.0.2.1", per_ip, 7),
+    ]
+    assert [due.key for due in meter.dues("ada", "192.0.2.1", 7)] == ["Chat:1:user:ada", "Chat:2:ip:192.0.2.1"]
+    assert meter.dues(None, "192.0.2.1", 0) == [Due("Chat:2:ip:", "192.0.2.1", per_ip, 1)]
+    assert meter.dues(None, None, 7) == []
+
+
+def test_what_a_message_owes_is_what_its_check_has_taken() -> None:
+    meter, shared, own = Meter("Chat", [TWENTY, RateLimit("5/hour", per="user")]), Buckets(), dict[str, Tats]()
+    assert meter.check(own, shared, "ada", "192.0.2.1", 7, 0.0) == 0.0
+    [due] = meter.dues("ada", "192.0.2.1", 7)
+    assert shared.get(due.key) == (720.0,)
+
+
+@pytest.mark.parametrize(("per", "shared"), [("connection", False), ("user", True), ("ip", True)])
+def test_a_place_knows_whether_anything_of_it_is_shared(per: Per, shared: bool) -> None:
+    assert Meter("Chat", [TWENTY, RateLimit("5/hour", per=per)]).shared is shared
+
+
+def test_a_counter_tells_the_cap_of_a_person() -> None:
+    assert ConnectionCounter(ConnectionLimits(per_user=3)).per_user == 3
+    assert ConnectionCounter(ConnectionLimits(total=3)).per_user is None

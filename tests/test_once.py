@@ -18,8 +18,9 @@ from starlette.websockets import WebSocketDisconnect
 from starlette_rt import EventError, History, Unavailable, event
 from starlette_rt import connection as connections
 from starlette_rt import once as module
-from starlette_rt.backends.memory import MemoryLedger
-from starlette_rt.once import ONCE, ORIGIN, Origin, once
+from starlette_rt.backends.base import Claim, Ledger
+from starlette_rt.backends.memory import MemoryLedger, memory
+from starlette_rt.once import ONCE, ORIGIN, Origin, Outcome
 from tests.test_dialogue import JSON, OTHER, PACK, SESSION, Frame, Stage, board, both, emit, turns, until
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -48,7 +49,14 @@ class Counted:
         return result
 
 
-async def refused(ledger: MemoryLedger, run: Run, rerun: bool = False) -> str:
+async def once(ledger: Ledger, key: str, run: Run, *, rerun: bool) -> Any:
+    """Return the data alone; that a ledger in memory has asked everybody there is goes without saying."""
+    data, local = await module.once(ledger, key, run, rerun=rerun)
+    assert not local
+    return data
+
+
+async def refused(ledger: Ledger, run: Run, rerun: bool = False) -> str:
     with pytest.raises(EventError) as caught:
         await once(ledger, "k", run, rerun=rerun)
     return caught.value.code
@@ -147,13 +155,13 @@ async def test_what_was_cancelled_has_no_known_end_unless_it_may_run_again(rerun
 @pytest.mark.parametrize("rerun", [False, True])
 async def test_a_verdict_stands_also_where_its_keeping_is_cancelled(rerun: bool) -> None:
     class Slow(MemoryLedger):
-        async def settle(self, key: str, answer: bytes, ttl: float) -> None:
+        async def settle(self, key: str, answer: bytes, ttl: float) -> bytes:
             await checkpoint()
-            await super().settle(key, answer, ttl)
+            return await super().settle(key, answer, ttl)
 
-        async def release(self, key: str) -> None:
+        async def release(self, key: str, holder: str) -> None:
             await checkpoint()
-            await super().release(key)
+            await super().release(key, holder)
 
     ledger = Slow()
     with anyio.CancelScope() as scope:
@@ -228,6 +236,68 @@ async def test_what_runs_for_too_long_is_answered_unavailable(hasty: None) -> No
     with pytest.raises(EventError) as caught:
         await once(ledger, "k", Counted(), rerun=True)
     assert (caught.value.code, caught.value.retry_after) == ("unavailable", 1.0)
+
+
+class Lost(MemoryLedger):
+    """One in which another node had begun everything, and is gone."""
+
+    async def claim(self, key: str, ttl: float, *, shared: bool = False, holder: str = "") -> Claim:
+        claim = await super().claim(key, ttl, shared=shared, holder=holder)
+        return claim._replace(state="lost") if claim.state == "first" else claim
+
+
+async def test_what_a_node_that_is_gone_had_begun_has_no_known_outcome_for_ever() -> None:
+    ledger, never = Lost(), Counted()
+    for _ in range(2):
+        assert await refused(ledger, never) == "outcome_unknown"
+    assert (await ledger.claim("k", ONCE)).state == "answered"
+
+
+async def test_what_a_node_that_is_gone_had_begun_runs_again_if_it_may() -> None:
+    ledger, run = Lost(), Counted("again", "never")
+    for _ in range(2):
+        assert await once(ledger, "k", run, rerun=True) == "again"
+    assert run.ran == 1
+
+
+async def test_one_who_was_thought_to_be_gone_and_has_answered_is_believed() -> None:
+    class Late(Lost):
+        async def settle(self, key: str, answer: bytes, ttl: float) -> bytes:
+            await super().settle(key, module.PACKED.raw({"data": "after all"}), ttl)
+            return await super().settle(key, answer, ttl)
+
+    ledger, never = Late(), Counted()
+    for _ in range(2):
+        assert await once(ledger, "k", never, rerun=False) == "after all"
+
+
+async def test_one_who_waits_for_a_node_that_dies_takes_over() -> None:
+    class Dying(MemoryLedger):
+        dead = False
+
+        async def claim(self, key: str, ttl: float, *, shared: bool = False, holder: str = "") -> Claim:
+            return Claim("lost", "mine") if self.dead else Claim("running", "theirs")
+
+        async def outcome(self, key: str, deadline: float) -> Claim:
+            self.dead = True
+            return Claim("lost", "theirs")
+
+    assert await once(Dying(), "k", Counted("again"), rerun=True) == "again"
+    assert await refused(Dying(), Counted()) == "outcome_unknown"
+
+
+class Lonely(MemoryLedger):
+    """One whose others cannot be asked."""
+
+    async def claim(self, key: str, ttl: float, *, shared: bool = False, holder: str = "") -> Claim:
+        claim = await super().claim(key, ttl, shared=shared, holder=holder)
+        return claim._replace(local=claim.state == "first")
+
+
+async def test_what_was_claimed_on_one_node_only_says_so() -> None:
+    ledger, run = Lonely(), Counted("done", "never")
+    assert await module.once(ledger, "k", run, rerun=False) == Outcome("done", local=True)
+    assert await module.once(ledger, "k", run, rerun=False) == Outcome("done", local=False)
 
 
 async def test_what_is_published_is_named_after_the_event_in_its_order() -> None:
@@ -460,3 +530,13 @@ async def test_a_handler_that_wrote_to_a_client_that_left_is_no_failure(monkeypa
             await turns()
         await until(lambda: not stage.rt.connections)
         assert "failed" not in stage.rt.stats()
+
+
+@both
+async def test_a_reply_says_where_an_event_was_handled_once_on_its_node_only(spelling: str) -> None:
+    made, _ = counting()
+    lonely = memory(grace=0, now=anyio.current_time)._replace(ledger=Lonely())
+    async with Stage(made, backend=lonely) as stage, stage.talk("ann", spelling=spelling) as ann:
+        answers = [await ann.ask("event", event="count", **fields) for fields in ({"id": "one"}, {"id": "one"}, {})]
+        assert [answer.get("once") for answer in answers] == ["node", None, None]
+        assert [answer["data"]["count"] for answer in answers] == [1, 1, 2]

@@ -6,6 +6,7 @@ once. `Stage` is the broker, the tasks' clock, and the node that hears what is s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -33,6 +34,7 @@ class Stage:
         self.logs: dict[str, Log] = {}
         self.said: list[Any] = []
         self.calls: list[str] = []
+        self.wanted: Counter[str] = Counter()  # subscriptions that the broker holds
         self.failures: list[Exception] = []  # of the next calls
         self.gate: anyio.Event | None = None  # what the broker waits for before it answers
         self.at_gate: Callable[[], object] = lambda: None  # what happens once a call has been answered there
@@ -73,6 +75,12 @@ class Stage:
         if self.gate is not None:
             await self.gate.wait()
         return answered
+
+    def subscribe(self, group: str) -> None:
+        self.wanted[group] += 1
+
+    def unsubscribe(self, group: str) -> None:
+        self.wanted[group] -= 1
 
     async def read(self, group: str, history: History) -> Reading:
         found: Reading = await self._answer("read", lambda: self.log(group).read(self.now))
@@ -896,3 +904,17 @@ async def test_what_was_never_said_here_is_not_taken_for_a_repetition_after_a_br
         stage.take()
         stage.publish(3, id="a")  # 2 is lost, and nobody here has it
         assert stage.take() == ["3"]
+
+
+# Subscriptions
+
+
+async def test_a_group_is_subscribed_while_it_is_followed() -> None:
+    async with staged() as stage:
+        await stage.follow()
+        assert stage.wanted == {"g": 1}
+        stage.streams.vacated("g")
+        assert +stage.wanted == Counter()
+        await stage.follow()
+        stage.streams.close()
+        assert +stage.wanted == Counter()

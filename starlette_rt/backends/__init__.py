@@ -7,14 +7,26 @@ all promise stands in `base.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..exceptions import ConfigurationError
 from .base import Backend
 from .memory import memory
 
+REDIS = ("redis", "rediss", "unix", "valkey", "valkeys")
 
-def from_url(url: str, *, grace: float, now: Callable[[], float]) -> Backend:
-    """Return the backend of ``url``. Raises `ConfigurationError` for a scheme that is not known."""
-    if url != "memory://":
-        raise ConfigurationError(f'Realtime({url!r}): this version knows one backend; write Realtime("memory://")')
-    return memory(grace=grace, now=now)
+
+def from_url(source: Any, *, grace: float, now: Callable[[], float], prefix: str, fail_open: bool) -> Backend:
+    """Return the backend of ``source``, a URL or a client of redis-py.
+
+    Raises `ConfigurationError` for a scheme that is not known, and where what it needs is not installed.
+    """
+    if source == "memory://":
+        return memory(grace=grace, now=now)
+    if isinstance(source, str) and source.partition("://")[0] not in REDIS:
+        raise ConfigurationError('Realtime(<url>): write "memory://" for one process, or "redis://localhost:6379/0"')
+    try:
+        from .redis import redis
+    except ImportError as error:
+        raise ConfigurationError(f'write pip install "starlette-rt[redis]" for this URL ({error})') from None
+    return redis(source, grace=grace, now=now, prefix=prefix, fail_open=fail_open)

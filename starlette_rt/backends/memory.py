@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
 from typing import Any
 
 import anyio
 
 from ..history import History, Log, Position, Publication, Random, Reading, Window, new_epoch, new_tag
-from ..limits import Buckets, RateLimit
+from ..limits import Buckets, Due, quote
 from ..presence import Diff, Member, Roster, State
-from .base import Backend, Claim, Published
+from .base import MAX_ANSWER, Backend, Claim, Published, Watch
 
 Clock = Callable[[], float]
 
 SHARED = Published(None, "yes")
 NOBODY = State(0, ())
-FIRST, FREE = Claim("first"), Claim("free")
+FREE = Claim("free")
 
 LOGS = 100_000  # logs that are kept; beyond, the one that was used longest ago goes
 REPEATABLE = 100_000  # ids of publications without history that are remembered, of all groups together
@@ -46,8 +47,23 @@ class MemoryBroker:
         self._hand: deque[tuple[str, Log]] = deque()  # each log once, the one looked at longest ago first
         self._said: Window[None] = Window(REPEATABLE)
 
-    async def start(self, deliver: Callable[[Publication], None]) -> None:
+    async def start(self, deliver: Callable[[Publication], None], resumed: Callable[[], None]) -> None:
         self._deliver = deliver
+
+    def subscribe(self, group: str) -> None:
+        """Nothing has to be done: everything is here."""
+
+    def unsubscribe(self, group: str) -> None:
+        """Nothing has to be done."""
+
+    async def subscribed(self, group: str) -> None:
+        """Nothing has to be waited for."""
+
+    async def subscribed_elsewhere(self, groups: Collection[str]) -> set[str]:
+        return set()
+
+    def troubles(self) -> list[str]:
+        return []
 
     async def publish(self, publication: Publication, history: History | None) -> Published:
         if history is None:
@@ -111,6 +127,8 @@ class MemoryBroker:
 class MemoryPresence:
     """A roster for each group in which somebody is, or was within the grace."""
 
+    on_count: Callable[[str, int, int], None] | None = None
+
     def __init__(self, grace: float, now: Clock) -> None:
         self._grace = grace
         self._now = now
@@ -130,28 +148,46 @@ class MemoryPresence:
         roster = self._rosters.get(group)
         if roster is None:
             roster = self._rosters[group] = Roster()
+        before = roster.count()
         roster.track(key, connection, meta, self._now())
-        self._changed(group)
+        self._report(group, before, roster)
 
     async def untrack(self, group: str, key: str, connection: str) -> None:
         if (roster := self._rosters.get(group)) is not None:
+            before = roster.count()
             roster.untrack(connection, self._now())
-            self._changed(group)
+            self._report(group, before, roster)
+
+    def _report(self, group: str, before: int, roster: Roster) -> None:
+        self._changed(group)
+        if self.on_count is not None and roster.count() != before:
+            self.on_count(group, before, roster.count())
 
     def close(self, groups: Sequence[str], key: str, connection: str) -> None:
         for group in groups:
-            self._rosters[group].close(connection, self._now(), self._grace)
+            roster = self._rosters[group]
+            before = roster.count()
+            roster.close(connection, self._now(), self._grace)
             self._lingering.add(group)
-            self._changed(group)
+            self._report(group, before, roster)
 
     def sweep(self) -> None:
         now = self._now()
         for group in tuple(self._lingering):
             roster = self._rosters.get(group)
-            if roster is None or roster.expire(now):
+            before = 0 if roster is None else roster.count()
+            if roster is None:
                 self._changed(group)
+            elif roster.expire(now):
+                self._report(group, before, roster)
             if roster is None or roster.deadline is None:
                 self._lingering.discard(group)
+
+    async def follow(self, group: str, part: Watch) -> None:
+        """Nothing has to be done: everything is here."""
+
+    def unfollow(self, group: str, part: Watch) -> None:
+        """Nothing has to be done."""
 
     def take(self, group: str, *, watched: bool) -> Diff | None:
         roster = self._rosters.get(group)
@@ -166,14 +202,13 @@ class MemoryPresence:
         roster = self._rosters.get(group)
         return NOBODY if roster is None else roster.state()
 
+    def size(self, group: str) -> int:
+        roster = self._rosters.get(group)
+        return 0 if roster is None else roster.count()
+
     async def members(self, group: str, after: str | None = None, limit: int | None = None) -> dict[str, Member]:
         roster = self._rosters.get(group)
-        members = {} if roster is None else roster.members()
-        if after is None and limit is None:
-            return members
-        following = (key for key in members if after is None or key > after)
-        keys = sorted(following) if limit is None else heapq.nsmallest(limit, following)
-        return {key: members[key] for key in keys}
+        return page_of({} if roster is None else roster.members(), after, limit)
 
     async def count(self, group: str, connections: bool = False) -> int:
         roster = self._rosters.get(group)
@@ -181,18 +216,44 @@ class MemoryPresence:
 
 
 class MemoryLimits:
-    """Budgets of this process."""
+    """Budgets and caps of this process; nobody need ask for them, for it has them at hand already."""
+
+    shared: bool = False
+    fail_open: bool = True
 
     def __init__(self, now: Clock) -> None:
         self.buckets: Buckets = Buckets()
         self._now = now
+        self._caps: Counter[str] = Counter()
 
-    async def hit(self, key: str, limit: RateLimit, amount: int = 1) -> float:
-        return self.buckets.hit(key, limit, self._now(), amount)
+    async def take(self, dues: Sequence[Due], seen: Buckets) -> float:
+        now, taken = self._now(), []
+        for due in dues:
+            wait, tats = quote(self.buckets.get(due.key), due.limit, now, due.amount)
+            if wait:
+                return wait
+            taken.append((due.key, tats))
+        for key, tats in taken:
+            self.buckets.put(key, tats, now)
+        return 0.0
+
+    async def take_cap(self, identity: str, most: int) -> bool:
+        if self._caps[identity] >= most:
+            return False
+        self._caps[identity] += 1
+        return True
+
+    def release_cap(self, identity: str) -> None:
+        self._caps[identity] -= 1
+        if self._caps[identity] <= 0:
+            del self._caps[identity]
+
+    def sweep(self) -> None:
+        """What has refilled goes by itself."""
 
 
 class Held:
-    """A key that is claimed: by whom, until when, and how it ended, if it did."""
+    """A key that is claimed: by which claim, until when, and how it ended, if it did."""
 
     __slots__ = ("answer", "ended", "holder", "until")
 
@@ -215,37 +276,43 @@ class Held:
 class MemoryLedger:
     """Claims, answers and revocations of this process; what has run out is forgotten with the next one."""
 
+    fail_open: bool = True
+
     def __init__(self, wall: Clock = time.time, *, answers: int = ANSWERS, size: int = ANSWER_BYTES) -> None:
         self._wall = wall
         self._most, self._room = answers, size
+        self._numbers = count(1)
         self._held: dict[str, Held] = {}
         self._answered: OrderedDict[str, None] = OrderedDict()  # the oldest first
         self._sizes: OrderedDict[str, int] = OrderedDict()  # the bytes of those that are still whole, the oldest first
         self._rules: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []  # at least one for each key and each rule, and no more than thrice that
 
-    async def claim(self, key: str, ttl: float, holder: str = "") -> Claim:
+    async def claim(self, key: str, ttl: float, *, shared: bool = False, holder: str = "") -> Claim:
         self._sweep()
         if (held := self._holding(key)) is not None:
             return held.claim()
-        self._held[key] = Held(holder, self._wall() + ttl)
-        self._plan(key, self._wall() + ttl)
-        return FIRST
+        held = self._held[key] = Held(holder or str(next(self._numbers)), self._wall() + ttl)
+        self._plan(key, held.until)
+        return Claim("first", held.holder)
 
-    async def settle(self, key: str, answer: bytes, ttl: float) -> None:
+    async def settle(self, key: str, answer: bytes, ttl: float) -> bytes:
         self._sweep()
         held = self._holding(key)
         if held is None:
             held = self._held[key] = Held("", 0.0)
         if held.answer is None:
-            held.answer, held.until = answer, self._wall() + ttl
+            held.answer, held.until = bounded(answer), self._wall() + ttl
             held.end()
-            self._keep(key, len(answer))
             self._plan(key, held.until)
+            stays = held.answer  # for there may be no room to keep it
+            self._keep(key, len(stays))
+            return stays
+        return held.answer
 
-    async def release(self, key: str) -> None:
+    async def release(self, key: str, holder: str) -> None:
         held = self._holding(key)
-        if held is not None and held.answer is None:
+        if held is not None and held.answer is None and held.holder == holder:
             self._forget(key)
 
     async def outcome(self, key: str, deadline: float) -> Claim:
@@ -257,14 +324,29 @@ class MemoryLedger:
         held = self._holding(key)
         return FREE if held is None else held.claim()
 
+    def look(self, key: str) -> tuple[Claim, float]:
+        """Return what ``key`` is now, and for how many seconds more."""
+        held = self._holding(key)
+        return (FREE, 0.0) if held is None else (held.claim(), held.until - self._wall())
+
     async def revoke(self, rule: str, until: float) -> None:
+        self.note(rule, until)
+
+    async def revoked(self, rules: Sequence[str]) -> bool:
+        return bool(self._rules) and any(self._rules.get(rule, 0.0) > self._wall() for rule in rules)
+
+    def note(self, rule: str, until: float) -> None:
         self._sweep()
         if until > self._rules.get(rule, self._wall()):
             self._rules[rule] = until
             self._plan(rule, until)
 
-    async def revoked(self, rules: Sequence[str]) -> bool:
-        return bool(self._rules) and any(self._rules.get(rule, 0.0) > self._wall() for rule in rules)
+    def revocations(self) -> list[tuple[str, float]]:
+        self._sweep()
+        return list(self._rules.items())
+
+    async def load(self) -> None:
+        """There is nobody to learn from."""
 
     def _holding(self, key: str) -> Held | None:
         held = self._held.get(key)
@@ -307,6 +389,20 @@ class MemoryLedger:
             self._holding(name)
             if self._rules.get(name, now + 1) <= now:
                 del self._rules[name]
+
+
+def bounded(answer: bytes) -> bytes:
+    """Return ``answer`` as it is kept: of one that is too large the fact alone."""
+    return answer if len(answer) <= MAX_ANSWER else b""
+
+
+def page_of(members: dict[str, Member], after: str | None, limit: int | None) -> dict[str, Member]:
+    """Return a page of ``members`` in the order of their keys; all of them if neither is said."""
+    if after is None and limit is None:
+        return members
+    following = (key for key in members if after is None or key > after)
+    keys = sorted(following) if limit is None else heapq.nsmallest(limit, following)
+    return {key: members[key] for key in keys}
 
 
 def ignore(_: Any) -> None:

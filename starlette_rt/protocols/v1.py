@@ -67,6 +67,7 @@ class Answered(Frame, frozen=True, tag="reply"):
 
     ref: int
     data: msgspec.Raw = msgspec.Raw()
+    once: Any = None  # whatever a client says there, it means nothing
 
 
 class Declined(Frame, frozen=True, tag="error"):
@@ -84,6 +85,7 @@ class Replied(Frame, frozen=True, tag="reply"):
 
     ref: int
     data: Any
+    once: str | None = None
 
 
 class Recovered(msgspec.Struct, frozen=True):
@@ -145,7 +147,7 @@ def said(frame: frames.Event, data: Any) -> Said:
 def replied(frame: frames.Reply) -> Replied:
     """Return what is said of a reply."""
     nothing = type(frame.data) is msgspec.Raw and not frame.data
-    return Replied(frame.ref, None if nothing else frame.data)
+    return Replied(frame.ref, None if nothing else frame.data, frame.once)
 
 
 def recovered(frame: frames.Recovery) -> Replied:
@@ -161,7 +163,7 @@ def declined(frame: frames.Error) -> Declined:
 
 def answered(frame: Answered) -> frames.Reply:
     """Return the reply that was received."""
-    return frames.Reply(frame.ref, frame.data)
+    return frames.Reply(frame.ref, frame.data, frame.once if isinstance(frame.once, str) else None)
 
 
 def refused(frame: Declined) -> frames.Error:

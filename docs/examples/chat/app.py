@@ -4,7 +4,8 @@ What lives here is what a host writes itself: who comes in, which groups a clien
 there, and what becomes of a message. The package does the rest: it remembers the last messages of each group, says
 what a client missed, handles a repeated message once, and relays who is typing. The page is in `static/`; nothing is
 built. Start it with `make demo`, or with `uvicorn --app-dir docs/examples/chat app:app`, and open two windows.
-It is a demonstration: a name needs no password here, and the server forgets the messages when it is restarted.
+With `REDIS_URL` in its environment any number of workers make one chat. It is a demonstration: a name needs no
+password here, and without Redis the server forgets the messages when it is restarted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STATIC = Path(__file__).parent / "static"
 GROUPS_AT_ONCE = 12
 KEPT = 50
 
-rt = Realtime(history={"*": History(size=KEPT, ttl=86_400)})
+rt = Realtime(os.environ.get("REDIS_URL", "memory://"), history={"*": History(size=KEPT, ttl=86_400)})
 tokens = TokenSigner([os.environ.get("CHAT_SECRET", "development-only-change-me-to-32-bytes")])
 
 
