@@ -6,7 +6,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-BENCH ?= limits http idle inbound fanout
+BENCH ?= limits http idle inbound fanout redis presence
 
 .PHONY: help demo test soak lint docs bench
 .PRECIOUS: $(VENV)/.python $(VENV)/.ready-%

@@ -362,7 +362,7 @@ class Streams(Generic[M]):
         self._streams: dict[str, Stream[M]] = {}
         self._due: list[tuple[float, int, Stream[M]]] = []  # and some whose time or stream is over
         self._numbers = count()
-        self._leaving = 0
+        self._farewells: set[anyio.CancelScope] = set()
         self._closed = False
 
     def __len__(self) -> int:
@@ -430,22 +430,23 @@ class Streams(Generic[M]):
         del self._streams[stream.group]
         self.broker.unsubscribe(stream.group)
         stream.close()
-        if stream.ready and self._leaving < FAREWELLS:
-            self._leaving += 1
-            self.tasks.spawn(self._farewell, stream)
+        if stream.ready and len(self._farewells) < FAREWELLS:
+            scope = anyio.move_on_after(FAREWELL)
+            self._farewells.add(scope)
+            self.tasks.spawn(self._farewell, stream, scope)
 
-    async def _farewell(self, stream: Stream[M]) -> None:
+    async def _farewell(self, stream: Stream[M], scope: anyio.CancelScope) -> None:
         """See whether the log still is what this node was told: it may be the only one that can know."""
         mine = stream.position
         try:
-            with anyio.move_on_after(FAREWELL):
+            with scope:
                 theirs = await stream.ask(self.broker.position)
                 if theirs != mine and theirs.epoch == mine.epoch:
                     reading = await stream.ask(self.broker.read)
                     if reading.position.epoch == mine.epoch and contradicts(reading, mine.offset, mine.tag):
                         await stream.renew(reading.position)
         finally:
-            self._leaving -= 1
+            self._farewells.discard(scope)
 
     def tick(self, now: float) -> None:
         """Begin the looks that are due; called about twice a second with the time of the tasks."""
@@ -471,6 +472,8 @@ class Streams(Generic[M]):
     def close(self) -> None:
         """Follow nothing any more; who waits for a stream gets `Unavailable`."""
         self._closed = True
+        for scope in tuple(self._farewells):
+            scope.cancel()
         for stream in self._streams.values():
             self.broker.unsubscribe(stream.group)
             stream.close()

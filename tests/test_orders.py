@@ -25,7 +25,7 @@ from starlette_rt.testing import Client, Refused, connect, lifespan
 from tests.redises import RedisServer, redis_server, redis_url
 from tests.servers import HOST
 from tests.test_realtime import live, loud, token, tokens
-from tests.test_redis_pipe import SOON, until
+from tests.test_redis_pipe import LONG, SOON, until
 from tests.wires import Wire, free_port
 
 __all__ = ["redis_server", "redis_url"]  # fixtures
@@ -131,8 +131,14 @@ async def test_a_revocation_reaches_the_other_nodes_and_holds_there(redis_url: s
             assert not await there.refuses("bob")
 
 
+@pytest.fixture
+def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at a log unless there is a reason to."""
+    monkeypatch.setattr("starlette_rt.streams.CHECK", (LONG, LONG))
+
+
 async def test_one_that_was_cut_off_does_later_what_it_could_not_hear(
-    redis_server: RedisServer, redis_url: str
+    redis_server: RedisServer, redis_url: str, seldom: None
 ) -> None:
     with Wire(redis_server.port) as wire:
         async with sites(redis_url, redis_server.url_through(wire.port)) as (here, there):
@@ -151,7 +157,7 @@ async def test_one_that_was_cut_off_does_later_what_it_could_not_hear(
             assert not await there.refuses("ann")
 
 
-async def test_one_that_only_listens_badly_does_it_too(redis_server: RedisServer, redis_url: str) -> None:
+async def test_one_that_only_listens_badly_does_it_too(redis_server: RedisServer, redis_url: str, seldom: None) -> None:
     async with sites(redis_url, redis_url) as (here, there):
         async with present(there, "ann") as (ann,):
             redis_server.ask("CLIENT", "KILL", "TYPE", "pubsub")
@@ -193,6 +199,28 @@ async def test_while_redis_is_away_it_is_done_here_and_said_so() -> None:
                 await here.up()
                 await there.up()
                 await there.comes_to_refuse("bob")
+
+
+async def test_one_that_was_cut_off_tells_later_whom_it_has_revoked_and_not_whom_it_has_sent_away(
+    redis_server: RedisServer, redis_url: str
+) -> None:
+    with Wire(redis_server.port) as wire:
+        async with sites(redis_server.url_through(wire.port), redis_url) as (here, there):
+            async with present(there, "ann", "bob") as (ann, bob):
+                wire.cut()
+                await here.up(False)
+                with pytest.raises(Unavailable):
+                    await here.rt.disconnect("ann")
+                with pytest.raises(Unavailable):
+                    await here.rt.revoke("bob")
+                wire.mend()
+                await ends(bob, CloseCode.UNAUTHORIZED, "revoked")
+                assert await there.refuses("bob")
+                await here.up()
+                await here.rt.broadcast("g", "fence")
+                assert await ann.receive_json() == "fence"
+                await ann.silent()
+            await until(lambda: not here.rt._orders._untold, "told")
 
 
 async def test_a_node_that_starts_while_redis_is_away_learns_it_later(
@@ -278,6 +306,19 @@ async def test_the_orders_of_another_are_obeyed_in_their_order_and_once() -> Non
         revocation = {"do": "revoke", "code": 3000, "token": "t", "until": 4e9}
         await backend.broker.publish(by_another(revocation, "d"), KEPT)
         assert backend.ledger.revocations() == [("token:t", 4e9)]
+
+
+async def test_where_some_may_have_been_missed_the_revoked_are_sent_away_again() -> None:
+    async with heeding() as (backend, orders, obeyed):
+        backend.ledger.note("user:ann", 4e9)
+        backend.ledger.note("token:t", 4e9)
+        end = await backend.broker.position(ORDERS, KEPT)
+        await backend.broker.renew(ORDERS, KEPT, end)
+        await until(lambda: orders.tick(orders._tasks.time()) or len(obeyed) == 2, "both")
+        assert [(each.do, each.identity, each.token) for each in obeyed] == [
+            ("revoke", "ann", None),
+            ("revoke", None, "t"),
+        ]
 
 
 async def test_an_order_of_another_version_is_left_alone_and_those_that_follow_are_obeyed(

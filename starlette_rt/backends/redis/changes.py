@@ -56,12 +56,11 @@ class Answer(NamedTuple):
 class Changes:
     """The way from this node to the presence of any group.
 
-    ``on_count`` is told the members that a group had and has, when a change of this node's has altered their number.
+    ``counted`` is told the members that a group had and has, when a change of this node's has altered their number.
     """
 
-    def __init__(self, link: Link, nodes: Nodes, grace: float) -> None:
-        self._link, self._nodes, self._grace = link, nodes, grace
-        self.on_count: Callable[[str, int, int], None] | None = None
+    def __init__(self, link: Link, nodes: Nodes, grace: float, counted: Callable[[str, int, int], None]) -> None:
+        self._link, self._nodes, self._grace, self._counted = link, nodes, grace, counted
         self._requests = (f"{secrets.token_hex(6)}{number:x}" for number in count(1))
         self._lingering: dict[str, Due] = {}  # group -> when to look in ms, and the time of its reminder
         self._suspects: dict[tuple[str, str], None] = {}  # generation, and a group where it holds something
@@ -92,8 +91,8 @@ class Changes:
         answer = Answer(reply[1].decode(), *reply[2:])
         if reminder and answer.wait >= 0:
             self._lingering[group] = Due(group, self._nodes.now_ms() + answer.wait, reminder)
-        if self.on_count is not None and answer.before != answer.after:
-            self.on_count(group, answer.before, answer.after)
+        if answer.before != answer.after:
+            self._counted(group, answer.before, answer.after)
         return answer
 
     def _arguments(self, group: str, generation: str, operations: Iterable[Operation]) -> list[Any]:

@@ -150,6 +150,7 @@ class Link:
         self._subscriber = Subscriber(self._make, self.tasks, self._heard_again)
         self._pipe = Pipe(self._make, self.tasks, self._scripts, self._opened, self._came, self._went)
         self._unheard = 0
+        self._missed = False
         self.peers = 0
         self.subscribe(self.key("probe", self.node), self._probed)
         self.subscribe(self.key("probe"), self._probed)  # its subscribers are counted, nothing is said on it
@@ -208,6 +209,7 @@ class Link:
         self._unheard = 0
         logger.info("redis is there")
         tell(self.on_up)
+        self._resume()
 
     def _went(self) -> None:
         logger.warning("%s; this node works alone until it is back", self._pipe.trouble)
@@ -216,7 +218,13 @@ class Link:
 
     def _heard_again(self, lost: bool) -> None:
         self._unheard = 0
-        if lost:
+        self._missed = self._missed or lost
+        self._resume()
+
+    def _resume(self) -> None:
+        """What was missed can be asked for when both are there, in whichever order they have come."""
+        if self._missed and self._pipe.up and self._subscriber.up:
+            self._missed = False
             tell(self.on_resumed)
 
     async def _probe(self) -> None:

@@ -28,6 +28,7 @@ logger: logging.Logger = logging.getLogger("starlette_rt")
 
 PATIENCE = 0.25  # seconds without any answer after which Redis is taken to be away
 PARTS = 5  # looks in that time: a stall of our own loop is one look late, not a Redis that is away
+LINGER = 20  # looks without anything to look at before the watch ends
 CONNECT = 1.0  # seconds that one attempt to connect has
 REPEATS = 3  # times that a command is said again because Redis has forgotten its script
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)  # seconds, at most, between two attempts; the last one from then on
@@ -39,7 +40,7 @@ class Script:
 
     def __init__(self, name: str) -> None:
         self.name: str = name
-        self.body: bytes = (files(__package__) / "lua" / f"{name}.lua").read_bytes()
+        self.body: bytes = (files(str(__package__)) / "lua" / f"{name}.lua").read_bytes()
         self.sha: bytes = sha1(self.body, usedforsecurity=False).hexdigest().encode()
 
 
@@ -282,15 +283,16 @@ class Pipe:
     # Away.
 
     async def _watch(self) -> None:
-        """See that answers come while some are awaited."""
+        """See that answers come. It lingers for a while: who asks now and then needs no new one each time."""
+        oldest, looks, idle = None, 0, 0
         try:
-            while self._inflight:
-                oldest = self._inflight[0]
-                for _ in range(PARTS):
-                    await anyio.sleep(self._patience / PARTS)
-                    if not self._inflight or self._inflight[0] is not oldest:
-                        break
-                else:
+            while idle < LINGER:
+                await anyio.sleep(self._patience / PARTS)
+                first = self._inflight[0] if self._inflight else None
+                idle = 0 if first else idle + 1
+                looks = looks + 1 if first and first is oldest else 0
+                oldest = first
+                if looks >= PARTS:
                     return self.lose(f"redis has not answered for {self._patience:g} seconds")
         finally:
             self._watching = False

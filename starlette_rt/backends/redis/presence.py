@@ -91,17 +91,10 @@ class RedisPresence:
     def __init__(self, link: Link, nodes: Nodes, grace: float, now: Clock) -> None:
         self._link, self._nodes, self._grace = link, nodes, grace
         self._changed: Callable[[str], None] = ignore
-        self._changes = Changes(link, nodes, grace)
+        self.on_count: Callable[[str, int, int], None] | None = None
+        self._changes = Changes(link, nodes, grace, self._counted)
         self._following = Following(link, grace, now, self._own, self._report, self._changes.suspect)
         self._shares: dict[str, Share] = {}
-
-    @property
-    def on_count(self) -> Callable[[str, int, int], None] | None:
-        return self._changes.on_count
-
-    @on_count.setter
-    def on_count(self, listener: Callable[[str, int, int], None] | None) -> None:
-        self._changes.on_count = listener
 
     # Living.
 
@@ -140,6 +133,10 @@ class RedisPresence:
 
     def _report(self, group: str) -> None:
         self._changed(group)
+
+    def _counted(self, group: str, before: int, after: int) -> None:
+        if self.on_count is not None:
+            self.on_count(group, before, after)
 
     # Tracking.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -45,7 +44,7 @@ class Subscriber:
         self._wanted: dict[bytes, Receive] = {}
         self._add: dict[bytes, None] = {}
         self._drop: dict[bytes, None] = {}
-        self._pending: Counter[bytes] = Counter()  # subscriptions that Redis has not confirmed
+        self._pending: dict[bytes, None] = {}  # subscriptions that Redis has not confirmed
         self._waiting: dict[bytes, list[asyncio.Future[None]]] = {}
         self._missing = 0  # confirmations until everything that was wanted at the start of the connection is there
         self._attempts = 0  # to connect, since it was up
@@ -99,13 +98,13 @@ class Subscriber:
             self._tasks.schedule(self._flush)
 
     def _flush(self) -> None:
-        """Tell Redis what this turn has changed."""
+        """Tell Redis what has changed; while it has not confirmed the last change, the next one gathers."""
         self._scheduled = False
-        if self._wire is None or self._wire.full or not (self._add or self._drop):
+        if self._wire is None or self._pending or not (self._add or self._drop):
             return
         gone, wanted = list(self._drop), list(self._add)
         self._drop, self._add = {}, {}
-        self._pending.update(wanted)
+        self._pending = dict.fromkeys(wanted)
         self._wire.write([*commands(b"UNSUBSCRIBE", gone), *commands(b"SUBSCRIBE", wanted)])
 
     # What arrives.
@@ -131,12 +130,12 @@ class Subscriber:
             logger.exception("what arrived on a channel could not be taken")
 
     def _confirmed(self, channel: bytes) -> None:
-        self._pending[channel] -= 1
-        if self._pending[channel] <= 0:
-            del self._pending[channel]
-            for waiting in self._waiting.pop(channel, ()):
-                if not waiting.done():
-                    waiting.set_result(None)
+        self._pending.pop(channel, None)
+        for waiting in self._waiting.pop(channel, ()) if channel not in self._add else ():
+            if not waiting.done():
+                waiting.set_result(None)
+        if not self._pending:
+            self._flush()
         if self._missing:
             self._missing -= 1
             if not self._missing:

@@ -82,7 +82,7 @@ class Wire(asyncio.Protocol):
         self.full = False
         self.on_room()
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self.on_lost()
 
