@@ -719,7 +719,9 @@ class World:
                 if stream is not None and stream._held is not None:
                     self.violated(f"{node.name} still reads {group}")
             if len(node.streams._due) > 100 or node.streams._farewells:
-                self.violated(f"{node.name} has {len(node.streams._due)} looks due, {len(node.streams._farewells)} leaving")
+                self.violated(
+                    f"{node.name} has {len(node.streams._due)} looks due, {len(node.streams._farewells)} leaving"
+                )
 
     # The steps. Each returns what the trace says of it.
 
