@@ -6,6 +6,7 @@ The law of this file: it names what is public and does nothing. What is not in `
 from __future__ import annotations
 
 from .backends.base import Published
+from .blocking import Blocking
 from .connection import Connection
 from .endpoints import RealtimeEndpoint
 from .events import Whisper, event
@@ -25,17 +26,17 @@ from .metrics import Metrics
 from .middleware import RealtimeMiddleware
 from .outbox import OutboxLimits
 from .presence import Member
-from .realtime import Realtime
+from .realtime import Health, Realtime
 from .tokens import JWTVerifier, TokenBackend, TokenSigner
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "Blocking",
     "CloseCode",
     "ConfigurationError",
     "Connection",
     "ConnectionLimits",
     "EventError",
+    "Health",
     "History",
     "Identity",
     "JWTVerifier",

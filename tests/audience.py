@@ -197,34 +197,35 @@ class Sums(NamedTuple):
     doubtful_delivered: int
     announced: int
     silent: tuple[int, ...]  # missing, and nobody has said so
+    again: int  # told once more after an announcement: only who comes to a node that is behind may be
 
 
 def account(record: Iterable[Heard], speaker: Speaker) -> Sums:
     """Close the books of one listener. Raises `AssertionError` for what came twice, out of order or though refused."""
     verdicts = {verdict: speaker.numbers(verdict) for verdict in ("accepted", "refused", "doubtful")}
-    accepted, numbers = sorted(verdicts["accepted"]), list[int]()
-    announced, silent, told = 0, list[int](), False
+    accepted = sorted(verdicts["accepted"])
+    heard, announced, silent = set[int](), set[int](), set[int]()
+    before, told, again = -1, False, 0
     for line in record:
         if line.number is None:
             told = True
             continue
-        before = numbers[-1] if numbers else -1
-        assert line.number > before, f"{line.number} came after {before}"
+        assert line.number > before or told, f"{line.number} came after {before}"
         missing = accepted[bisect_left(accepted, before + 1) : bisect_left(accepted, line.number)]
-        announced += len(missing) * told
-        silent += [] if told else missing
-        numbers.append(line.number)
-        told = False
-    silent += accepted[bisect_left(accepted, numbers[-1] + 1 if numbers else 0) :]
-    heard = set(numbers)
+        (announced if told else silent).update(missing)
+        again += line.number in heard
+        heard.add(line.number)
+        before, told = line.number, False
+    silent.update(accepted[bisect_left(accepted, before + 1) :])
     assert not heard & verdicts["refused"], f"delivered though refused: {sorted(heard & verdicts['refused'])}"
     return Sums(
         len(speaker.said),
         *(len(verdicts[verdict]) for verdict in ("accepted", "refused", "doubtful")),
         len(heard),
         len(heard & verdicts["doubtful"]),
-        announced,
-        tuple(silent),
+        len(announced - heard - silent),
+        tuple(sorted(silent)),
+        again,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import NamedTuple
 
@@ -131,6 +131,7 @@ class Scene:
             assert sums.sent == sums.accepted + sums.refused + sums.doubtful
             assert sums.accepted + sums.doubtful_delivered == sums.delivered + sums.announced, sums
             assert not sums.silent, sums
+            assert not sums.again, sums
         return books
 
     def all_here(self) -> None:
@@ -394,3 +395,44 @@ async def test_one_fault_after_the_other_without_a_restart_of_a_node(redis: Redi
                 worst = max(worst, heard_again)
                 await asyncio.sleep(chance.uniform(0.0, 3.0))
             await settle(there, worst)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(10))
+async def test_listeners_who_go_from_node_to_node_meanwhile_know_what_they_miss(redis: RedisServer, seed: int) -> None:
+    chance = random.Random(seed)
+    with ExitStack() as lines:
+        wires = [lines.enter_context(Wire(redis.port)) for _ in range(3)]
+        urls = [redis.url_through(wire.port) for wire in wires]
+        nodes = [lines.enter_context(fleet(APP, 1, {"REDIS_URL": url}, QUIET))[0] for url in urls]
+        doors = [f"{node.url}/ws" for node in nodes]
+        async with AsyncExitStack() as stack:
+            names = [f"{seed}.{number}" for number in range(45)]
+            listeners = await gather(stack, names, lambda place: doors[place % 3 :] + doors[: place % 3], [KEPT])
+            speaker = await stack.enter_async_context(Speaker(KEPT, nodes[0]))
+            async with asyncio.TaskGroup() as group:
+                moving = group.create_task(move(listeners, chance))
+                for _ in range(10):
+                    await chance.choice(HARMS)(Harm(redis, wires[:2], chance))
+                    await asyncio.sleep(chance.uniform(0.0, 3.0))
+                moving.cancel()
+            await speaker.stop()
+            last = [await speaker.accepted() for _ in range(3)][-1]
+            await until(lambda: all(each.last(KEPT) == last.number for each in listeners), "the last one", 15.0)
+            books = [account(each.record[KEPT], speaker) for each in listeners]
+            assert [sums.silent for sums in books] == [()] * len(books)
+            found = [recovered for each in listeners for recovered in each.recovered[KEPT]]
+            print(
+                f"\n{sum(found)} came back to all they had missed, {len(found) - sum(found)} were told that they miss some"
+            )
+            print(f"{sum(sums.announced for sums in books)} announced, {sum(sums.again for sums in books)} told again")
+        assert [line for node in nodes for line in errors(node)] == []
+
+
+async def move(listeners: Sequence[Listener], chance: random.Random) -> None:
+    """Cut off some listeners, again and again; each comes back to a node of its choice."""
+    while True:
+        await asyncio.sleep(chance.uniform(0.05, 0.5))
+        for each in chance.sample(listeners, 3):
+            each.cut()

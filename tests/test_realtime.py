@@ -32,6 +32,7 @@ from starlette_rt import (
     CloseCode,
     ConfigurationError,
     EventError,
+    Health,
     History,
     Identity,
     Metrics,
@@ -916,3 +917,23 @@ def test_the_javascript_client_is_served_as_javascript() -> None:
 def test_a_grace_that_cannot_work_is_said_at_once() -> None:
     with pytest.raises(ConfigurationError, match="expiry_grace is a number of seconds, 0 or more"):
         Realtime(expiry_grace=-1)
+
+
+# Health
+
+
+async def test_it_is_ready_while_it_runs_and_does_not_drain() -> None:
+    rt = Realtime()
+    assert rt.health() == Health(False, ("this Realtime is not running",))
+    async with rt:
+        assert rt.health() == Health(True, ())
+        await rt.drain(0)
+        assert rt.health() == Health(False, ("it drains: its connections are going elsewhere",))
+    assert not rt.health().ready
+
+
+async def test_what_is_wrong_with_the_backend_is_a_reason_and_no_cause_to_send_nobody_here() -> None:
+    rt = Realtime()
+    async with rt:
+        rt._backend.broker.troubles = lambda: ["redis is away"]  # type: ignore[method-assign]
+        assert rt.health() == Health(True, ("redis is away",))

@@ -74,8 +74,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True)
     stop: bool = False
 
 
-pack = msgspec.msgpack.Encoder().encode
-unpack = msgspec.msgpack.Decoder(Envelope).decode
+pack: Callable[[Envelope], bytes] = msgspec.msgpack.Encoder().encode
+unpack: Callable[[bytes], Envelope] = msgspec.msgpack.Decoder(Envelope).decode
 
 
 class Message(NamedTuple):

@@ -268,7 +268,12 @@ def connections_of(source: Any) -> tuple[Make, int]:
     return lambda: pool.connection_class(**options), int(given.get("db") or 0)
 
 
-OURS = {"protocol": 2, "decode_responses": False, "socket_timeout": None, "socket_connect_timeout": CONNECT}
+OURS: dict[str, Any] = {
+    "protocol": 2,
+    "decode_responses": False,
+    "socket_timeout": None,
+    "socket_connect_timeout": CONNECT,
+}
 REPLACED = {
     "health_check_interval",
     "himport_registry",

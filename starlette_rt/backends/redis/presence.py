@@ -44,7 +44,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
-        self.size = 0
+        self.size: int = 0
         self.done: anyio.Event = anyio.Event()
         self.answer: Answer | None = None
 

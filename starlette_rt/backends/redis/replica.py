@@ -7,7 +7,7 @@ for the grace, so that nothing flaps where Redis has come back empty. Time is an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import anyio
@@ -76,11 +76,11 @@ class Found(NamedTuple):
 
 ARRAY = b"\x96"  # an entry is stored as its fields one after the other, which scripts can read; this makes it an array
 
-change_of = msgspec.msgpack.Decoder(Change).decode
-counts_of = msgspec.msgpack.Decoder(Counts).decode
-entry_of = msgspec.msgpack.Decoder(Entry).decode
-pack = msgspec.msgpack.Encoder().encode
-meta_of = msgspec.msgpack.Decoder(dict[str, Any]).decode
+change_of: Callable[[bytes], Change] = msgspec.msgpack.Decoder(Change).decode
+counts_of: Callable[[bytes], Counts] = msgspec.msgpack.Decoder(Counts).decode
+entry_of: Callable[[bytes], Entry] = msgspec.msgpack.Decoder(Entry).decode
+pack: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
+meta_of: Callable[[bytes], dict[str, Any]] = msgspec.msgpack.Decoder(dict[str, Any]).decode
 
 
 async def found_of(reply: Any) -> Found:
