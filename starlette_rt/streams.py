@@ -278,6 +278,7 @@ class Stream(Generic[M]):
                 with anyio.fail_after(ANSWER):
                     return await call(self.group, self.history, *args)
             except (Unavailable, TimeoutError):
+                self._move()  # who waits to join may have waited enough
                 pause = next(pauses)
                 await anyio.sleep(self._home.jitter(pause / 2, pause))
 
@@ -389,6 +390,8 @@ class Streams(Generic[M]):
     def _begin(self, group: str, history: History) -> Stream[M]:
         if self._closed:
             raise Unavailable("no group is followed any more: this node stops")
+        for trouble in self.broker.troubles():
+            raise Unavailable(trouble)
         stream = self._streams[group] = Stream(group, history, self)
         self.broker.subscribe(group)
         stream.distrust()
@@ -401,7 +404,7 @@ class Streams(Generic[M]):
         there = False
         try:
             with anyio.move_on_after(READY):
-                while not stream.ready and not stream.closed:
+                while not stream.ready and not stream.closed and not self.broker.troubles():
                     await stream.movement()
             there = stream.ready and not stream.closed
         finally:

@@ -1,8 +1,9 @@
 """The app that the fleet tests drive: a station that says numbered things, on one Redis with others.
 
 The law of this file: it is what a team would write, on the public names only, and every answer says what became of
-the request: a publication was accepted, was refused at once, or its publisher cannot know. What it is told to leave out
-of its environment is as the package has it.
+the request: a publication was accepted, was refused at once, or its publisher cannot know. What its environment leaves
+out is as the package has it. The one look inside is when Redis was taken to be away: on a busy machine that may be
+more often than the test has caused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -83,11 +87,28 @@ async def revoke(request: Request) -> JSONResponse:
     return JSONResponse("revoked")
 
 
+async def aways(request: Request) -> JSONResponse:
+    """From when to when Redis was away, by the clock that all processes share; the last may go on."""
+    return JSONResponse(away)
+
+
 async def health(request: Request) -> JSONResponse:
     return JSONResponse({"pid": os.getpid(), "reasons": rt.health().reasons, "held": rt.stats()})
 
 
+away: list[list[float]] = []
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    link: Any = rt._backend.broker._link  # type: ignore[attr-defined]
+    link.on_down.append(lambda: away.append([time.monotonic()]))
+    link.on_up.append(lambda: away[-1].append(time.monotonic()) if away and len(away[-1]) == 1 else None)
+    yield
+
+
 app = Starlette(
+    lifespan=lifespan,
     routes=[
         WebSocketRoute("/ws", Station),
         Route("/say", say, methods=["POST"]),
@@ -96,6 +117,7 @@ app = Starlette(
         Route("/push/{name}", push, methods=["POST"]),
         Route("/kick/{name}", kick, methods=["POST"]),
         Route("/revoke/{name}", revoke, methods=["POST"]),
+        Route("/aways", aways),
         Route("/health", health),
     ],
     middleware=[Middleware(RealtimeMiddleware, realtime=rt, tokens=tokens)],

@@ -283,11 +283,7 @@ def held(redis: RedisServer) -> int:
 
 @contextmanager
 def behind_nginx(nodes: Sequence[Node]) -> Iterator[Front]:
-    """Put nginx in front of three nodes: the documented file with one more line.
-
-    With ``max_fails=0``: to nginx a worker that was down once is up again when a request to it has ended, and a
-    WebSocket does not end; until then it gets one connection in ``fail_timeout``, and the others a 502.
-    """
+    """Put nginx in front of three nodes: the documented file with one more line."""
     with front("nginx", nodes[:2]) as proxy:
         path = proxy.cert.parent / "nginx.conf"
         lines = "\n".join(f"server {HOST}:{node.port} max_fails=0;" for node in nodes)

@@ -34,6 +34,7 @@ class Stage:
         self.logs: dict[str, Log] = {}
         self.said: list[Any] = []
         self.calls: list[str] = []
+        self.wrong: list[str] = []  # what the broker says is wrong with it
         self.wanted: Counter[str] = Counter()  # subscriptions that the broker holds
         self.failures: list[Exception] = []  # of the next calls
         self.gate: anyio.Event | None = None  # what the broker waits for before it answers
@@ -75,6 +76,9 @@ class Stage:
         if self.gate is not None:
             await self.gate.wait()
         return answered
+
+    def troubles(self) -> list[str]:
+        return self.wrong
 
     def subscribe(self, group: str) -> None:
         self.wanted[group] += 1
@@ -930,3 +934,52 @@ async def test_a_group_is_subscribed_while_it_is_followed() -> None:
         await stage.follow()
         stage.streams.close()
         assert +stage.wanted == Counter()
+
+
+# Away
+
+
+async def test_nobody_waits_for_a_broker_that_is_known_to_be_away() -> None:
+    async with staged() as stage:
+        stage.wrong = ["redis is away"]
+        with pytest.raises(Unavailable, match="redis is away"):
+            await stage.follow()
+        assert stage.calls == []
+        stage.wrong = []
+        await stage.follow()
+        stage.wrong = ["redis is away"]
+        await stage.follow()  # what is followed already can be joined
+
+
+async def test_who_waits_for_a_log_gives_up_when_its_broker_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with staged() as stage:
+
+        async def read(group: str, history: History) -> Reading:
+            await anyio.lowlevel.checkpoint()
+            stage.wrong = ["redis is away"]
+            raise Unavailable("redis has gone")
+
+        monkeypatch.setattr(stage, "read", read)
+        monkeypatch.setattr(streams_module, "READY", 1000.0)
+        with pytest.raises(Unavailable, match="cannot be read now"):
+            await stage.follow()
+        assert +stage.wanted == Counter()
+
+
+async def test_what_was_missed_in_an_interruption_is_read_at_the_first_look() -> None:
+    async with staged() as stage:
+        await stage.follow()
+        stage.append(1, 2)  # nobody here has heard it
+        stage.streams.recheck()
+        await stage.look(1.0)
+        assert stage.take() == ["1", "2"]
+
+
+async def test_what_is_only_on_its_way_gets_a_second_look() -> None:
+    async with staged() as stage:
+        await stage.follow()
+        stage.append(1)
+        await stage.look()
+        assert stage.take() == []
+        await stage.look(STRIKE)
+        assert stage.take() == ["1"]

@@ -8,6 +8,7 @@ been done when they return. tests/line.py is the plain one, cut or whole.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import struct
@@ -27,7 +28,10 @@ Way = Literal["up", "down"]  # to the server, to the client
 WAYS: tuple[Way, Way] = ("up", "down")
 CHUNK, CHUNKS = 65536, 64  # bytes read at once, and how many such pieces wait in one direction of a connection
 PROMPT = 5.0  # seconds for the line's own thread to do what it is told
-PORTS = range(20000, 22000)  # below the ports of outgoing connections, as is a cluster's second port: 10,000 above
+# Below the ports of outgoing connections, as is a cluster's second port: 10,000 above. Each of pytest's workers has
+# ports of its own: what a test has killed, it starts again on the same one.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+PORTS = range(20000 + 250 * WORKER, 20250 + 250 * WORKER)
 
 
 def free_port() -> int:
@@ -82,7 +86,8 @@ class _Call:
         for writer in self.writers.values():
             if reset:
                 sock = writer.get_extra_info("socket")
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                with suppress(OSError):  # it may have ended by itself
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     def half_close(self, way: Way) -> None:
