@@ -552,3 +552,26 @@ async def test_a_watcher_of_the_protocol_is_told_the_same_in_its_spelling(alive:
             PresenceDiff("a", 2, {}, {"ann": {"metas": [{"n": 1, "ref": "1"}], "reason": "left"}}),
         ]
         assert [msgspec.to_builtins(frame) for frame in frames] == plain.take()
+
+
+async def test_who_asks_for_the_number_that_all_know_changes_nothing_for_them(alive: Living) -> None:
+    async with alive() as world:
+        first = await world.watch("count")
+        await world.track("ann")
+        await world.later(COUNT_PERIOD)
+        second = await world.watch("count")
+        await world.later(COUNT_PERIOD)
+        assert [frame["count"] for frame in first.take()] == [0, 1]
+        assert [frame["count"] for frame in second.take()] == [1]
+
+
+async def test_a_number_that_nobody_waits_for_any_more_is_told_to_nobody(alive: Living) -> None:
+    async with alive() as world:
+        watcher = await world.watch("count")
+        await world.track("ann")
+        await world.later(0)
+        await world.track("bob")  # within the period: it waits
+        await world.later(0)
+        world.feed.unwatch(watcher, "a")
+        await world.later(COUNT_PERIOD)
+        assert [frame["count"] for frame in watcher.take()] == [0, 1]

@@ -404,6 +404,16 @@ def test_a_missing_branch_below_and_too_little_in_all_are_found() -> None:
     ]
 
 
+def test_of_what_a_dying_server_is_answered_with_nearly_all_is_asked_for() -> None:
+    found = report(branches=[[7, -1]], total=99.0)
+    facts = found["files"].pop("starlette_rt/exceptions.py")
+    found["files"]["starlette_rt/backends/redis/pipe.py"] = {**facts, "summary": {"percent_covered": 94.0}}
+    assert coverage_floors.shortfalls(found) == []
+    facts["summary"] = {"percent_covered": 93.9}
+    found["files"] = {"starlette_rt/backends/redis/pipe.py": facts}
+    assert len(coverage_floors.shortfalls(found)) == 1
+
+
 def test_the_lower_bounds_are_read_from_the_project() -> None:
     pyproject = {
         "project": {"dependencies": ["anyio>=4.11", "limits>=4.0,<6", "msgspec"]},

@@ -104,6 +104,23 @@ async def test_a_hook_that_raises_is_reported_and_the_next_is_called() -> None:
     assert [str(error) for error in stage.failed] == ["a"]
 
 
+async def test_one_who_goes_as_soon_as_it_has_come_leaves_nothing_behind() -> None:
+    stage = Stage()
+    for occupied in (True, False, True, False):
+        stage.nodes[0].crowd("a", occupied)
+    await stage.settled()
+    assert await stage.store.count(f"{HIDDEN}a") == 0
+
+
+async def test_a_host_may_want_to_hear_of_one_of_the_two() -> None:
+    stage = Stage()
+    stage.store.on_count = Occupancy(stage.store, stage.tasks, None, stage.vacated, stage.failed.append).counted
+    stage.nodes[0].crowd("a", True)
+    await stage.settled()
+    stage.nodes[0].crowd("a", False)
+    assert await stage.settled() == ["no a"]
+
+
 async def test_counts_of_other_groups_say_nothing() -> None:
     stage = Stage()
     stage.nodes[0].counted("a", 0, 1)

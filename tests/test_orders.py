@@ -15,7 +15,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from starlette_rt import CloseCode, Identity, OutboxLimits, Realtime, Unavailable
-from starlette_rt.backends.base import Backend
+from starlette_rt.backends.base import Backend, Published
 from starlette_rt.backends.memory import memory
 from starlette_rt.frames import encode
 from starlette_rt.history import Publication
@@ -332,3 +332,23 @@ async def test_an_order_of_another_version_is_left_alone_and_those_that_follow_a
         assert [order.code for order in obeyed] == [4000, 4001]
     assert len(loud(caplog)) == 2
     assert "not understood" in caplog.text
+
+
+async def test_a_revocation_that_is_said_anew_while_the_last_one_is_told_is_told_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with heeding() as (backend, orders, _):
+        rule, told = "user:ann", list[str]()
+        first, second = (by_another({"until": until}, f"{until}") for until in (1.0, 2.0))
+
+        async def publish(publication: Publication, history: Any) -> Published:
+            told.append(publication.id)
+            orders._untold[rule] = second
+            return Published(None, "yes")
+
+        monkeypatch.setattr(backend.broker, "publish", publish)
+        orders._untold[rule] = first
+        await orders._tell()
+        assert orders._untold == {rule: second}
+        await orders._tell()
+        assert (orders._untold, told) == ({}, ["1.0", "2.0"])
