@@ -100,6 +100,10 @@ class Mortal:
         with patch("tests.servers._free_port", lambda: self.server.port):
             self.server = self._running.enter_context(serving(EXAMPLES / "chat", "tests.mortal:app"))
 
+    def revive(self) -> None:
+        if not self.server.running:
+            self.start()
+
     def stick(self, number: int) -> None:
         """Let the handler of the n-th message from now never end, once it has been broadcast."""
         request = urllib.request.Request(f"{self.http}/stick/{number}", method="POST")
@@ -114,6 +118,14 @@ def mortal() -> Iterator[Mortal]:
     mortal = Mortal()
     yield mortal
     mortal.end()
+
+
+@pytest.fixture(autouse=True)
+def revived(request: pytest.FixtureRequest) -> None:
+    """A test that failed while the server was dead takes no other with it."""
+    if "mortal" in request.fixturenames:
+        mortal: Mortal = request.getfixturevalue("mortal")
+        mortal.revive()
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +267,7 @@ def test_what_is_written_while_the_server_is_down_waits_and_arrives_once(visit: 
         enter(page, "Harbour")
     say(ada, "Before the storm.")
     expect(heard(ben, "Before the storm.")).to_be_visible()
+    expect(ada.locator("#log .pending")).to_have_count(0)
     mortal.kill()
     expect(ada.locator("#lost")).to_be_visible()
     expect(ada.locator("#state")).to_have_text("Reconnecting …")
@@ -277,6 +290,7 @@ def test_what_is_written_while_the_server_is_down_waits_and_arrives_once(visit: 
 @pytest.fixture(scope="module")
 def couple(browser: Browser, mortal: Mortal) -> Iterator[tuple[Page, Page]]:
     """Two pages that live through one death of the server after the other."""
+    mortal.revive()
     with visiting(browser) as visit:
         yield come_in(visit(mortal.http), "Ada"), come_in(visit(mortal.http), "Ben")
 
