@@ -35,7 +35,7 @@ from ...history import (
     new_tag,
 )
 from ..base import Published
-from .connection import FORMAT, Link, Script
+from .connection import FORMAT, Link, Script, lifetime
 from .wire import Argument
 
 logger: logging.Logger = logging.getLogger("starlette_rt")
@@ -380,18 +380,13 @@ def placed_of(group: str, entry: bytes) -> Publication | None:
 @lru_cache
 def kept(history: History) -> tuple[int, ...]:
     """Return what a log is told of how much it keeps: size, life of log, state and ids, how many ids, format."""
-    ids = milliseconds(max(history.ttl, IDS_TTL))
-    return history.size, milliseconds(history.ttl), lives(history)[0], ids, SEEN, FORMAT
+    ids = lifetime(max(history.ttl, IDS_TTL))
+    return history.size, lifetime(history.ttl), lives(history)[0], ids, SEEN, FORMAT
 
 
 def lives(history: History) -> tuple[int, int]:
     """Return for how many milliseconds the state of a log lives, and that of one in which nothing was ever said."""
-    return milliseconds(max(history.ttl, EPOCH_TTL)), milliseconds(history.ttl)
-
-
-def milliseconds(seconds: float) -> int:
-    """Return ``seconds`` as Redis takes them."""
-    return max(1, round(seconds * 1000))
+    return lifetime(max(history.ttl, EPOCH_TTL)), lifetime(history.ttl)
 
 
 def nothing() -> None:

@@ -32,7 +32,7 @@ FAREWELL = 1.0  # seconds for what is still on its way at the end
 
 SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
-__all__ = ["FORMAT", "Link", "Script"]
+__all__ = ["FORMAT", "Link", "Script", "lifetime"]
 
 
 class Link:
@@ -307,3 +307,8 @@ def check_prefix(prefix: object) -> str:
 def escaped(group: str) -> str:
     """Return ``group`` without braces, which are what Redis finds the slot by."""
     return group.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+
+
+def lifetime(seconds: float) -> int:
+    """Return in milliseconds for how long a key lives, which is never not at all."""
+    return max(1, round(seconds * 1000))

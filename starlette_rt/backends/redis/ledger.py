@@ -23,7 +23,7 @@ import anyio
 from ...exceptions import Unavailable
 from ..base import Claim
 from ..memory import FREE, Clock, MemoryLedger, bounded
-from .connection import FORMAT, Link, Script, escaped
+from .connection import FORMAT, Link, Script, escaped, lifetime
 from .nodes import Nodes
 
 CLAIM, SETTLE, RELEASE, REVOKE = (Script(name) for name in ("claim", "claim_settle", "claim_release", "revoke"))
@@ -86,7 +86,7 @@ class RedisLedger:
         return found, left
 
     async def _asked(self, key: str, ttl: float, name: str, heir_of: str) -> tuple[Claim, float]:
-        reply = await self._link.call(CLAIM, [self._key(key)], [FORMAT, name, milliseconds(ttl), heir_of])
+        reply = await self._link.call(CLAIM, [self._key(key)], [FORMAT, name, lifetime(ttl), heir_of])
         match reply:
             case [b"answered", answer, left]:
                 return Claim("answered", "", answer), left / 1000
@@ -99,7 +99,7 @@ class RedisLedger:
     async def settle(self, key: str, answer: bytes, ttl: float) -> bytes:
         answer = bounded(answer)
         try:
-            other = await self._link.call(SETTLE, [self._key(key)], [FORMAT, answer, milliseconds(ttl)])
+            other = await self._link.call(SETTLE, [self._key(key)], [FORMAT, answer, lifetime(ttl)])
         except Unavailable:
             stays = await self._here.settle(key, answer, ttl)
             self._owe(key, "")
@@ -179,7 +179,7 @@ class RedisLedger:
             return
         claim, left = self._here.look(key)
         if claim.state == "answered":
-            await self._link.call(SETTLE, [self._key(key)], [FORMAT, claim.answer, milliseconds(left)])
+            await self._link.call(SETTLE, [self._key(key)], [FORMAT, claim.answer, lifetime(left)])
 
     # Revocations.
 
@@ -250,11 +250,6 @@ class Errand:
 def spelled(rules: Iterable[tuple[str, float]]) -> list[Any]:
     """Return revocations as `lua/revoke.lua` takes them."""
     return [part for rule, until in rules for part in (wall_ms(until), rule.encode("utf-8", "surrogatepass"))]
-
-
-def milliseconds(seconds: float) -> int:
-    """Return a time that a key has, which is never none."""
-    return max(1, round(seconds * 1000))
 
 
 def wall_ms(until: float) -> int:
