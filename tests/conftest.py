@@ -1,8 +1,13 @@
-"""Fixtures that every test file may use: the event loops under test, nothing else."""
+"""What every test file has: the event loops under test, and examples that are not timed."""
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(params=["asyncio", "trio"])

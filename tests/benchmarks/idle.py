@@ -80,7 +80,8 @@ def report(contenders: list[common.Contender], weights: dict[str, list[Weight]])
         objects = statistics.median(weight.objects for weight in weights[contender.name])
         tasks = statistics.median(weight.tasks for weight in weights[contender.name])
         first = first or resident
-        rows.append([contender.title, f"{resident:,.0f}", f"{resident / first:.2f}", f"{objects:.1f}", f"{tasks:.2f}"])
+        ratio = f"{resident / first:.2f}" if first else "-"  # a few connections may fit into what is there
+        rows.append([contender.title, f"{resident:,.0f}", ratio, f"{objects:.1f}", f"{tasks:.2f}"])
     return common.table(head, rows)
 
 
