@@ -110,7 +110,6 @@ class Pipe:
         self.up: bool = False
         self.run_id: str = ""
         self.trouble: str = "redis has not been reached yet"
-        self.since: float = tasks.time()  # when `up` changed last
         self._ahead = 0.0  # milliseconds by which the clock of Redis is ahead of the loop's
         self._wire: Wire | None = None
         self._said: list[Command] = []
@@ -258,7 +257,7 @@ class Pipe:
 
     def _rise(self) -> None:
         if not self.up:
-            self.up, self.trouble, self.since = True, "", self._tasks.time()
+            self.up, self.trouble = True, ""
             self._on_up()
 
     async def _open(self) -> Wire:
@@ -305,8 +304,6 @@ class Pipe:
 
     def _away(self, reason: str) -> None:
         told, self.up, self.trouble = self.up, False, reason
-        if told:
-            self.since = self._tasks.time()
         self._fail_all()
         if told:
             self._on_down()

@@ -20,8 +20,6 @@ Make = Callable[[], AbstractConnection]
 
 pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
-REFUSALS = ("NOAUTH", "NOPERM", "WRONGPASS")
-
 
 class Refusal(Exception):
     """What Redis answers instead: a word for programs and a sentence."""
