@@ -392,14 +392,18 @@ class Connection:
 
     def _pump(self) -> None:
         """Hand over the backlog until the seam pauses or nothing is left; then close if that was asked."""
-        while self._outbox is not None and self.paused_at is None:
+        while self._outbox is not None:
+            if not self._seam.ready():
+                if self.paused_at is None:
+                    self._outbox = None  # the transport is closing: nothing can arrive any more
+                break
             entries, lapsed = self._outbox.take(self._node.tasks.time())
             if not self._outbox:
                 self._outbox = None
             if lapsed:
                 self._node.metrics.dropped(lapsed)
-            if entries and not self._seam.write(self.wire.join(entries)):
-                self._outbox = None  # the transport is closing: nothing can arrive any more
+            if entries:
+                self._seam.write(self.wire.join(entries))
         if self._outbox is None and self._closing is not None and self.paused_at is None:
             self._seam.close(*self._closing)
 

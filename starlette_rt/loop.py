@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextvars import Context, copy_context
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -44,8 +46,20 @@ class Breakable(Protocol):
     ) -> bool | None: ...
 
 
+class Job(Protocol):
+    """Something short to be done in a task that others use as well; see `Relay`."""
+
+    async def run(self) -> None:
+        """Do it; it must not raise."""
+
+    def waits(self, task: Handle, /) -> None:
+        """It has begun to wait, and ``task`` is its own from now on."""
+
+
 class Tasks(Protocol):
     """The tasks and callbacks of one running `Realtime`."""
+
+    relay: Relay
 
     def schedule(self, callback: Callable[[], object], /) -> object:
         """Call ``callback`` when the present turn of the loop has ended. It must not raise."""
@@ -62,6 +76,10 @@ class Tasks(Protocol):
         """
         ...
 
+    def spawn_later(self, function: AsyncFunction, *args: Any) -> Handle:
+        """Start ``function(*args)`` in a task of ours when the present turn of the loop has ended."""
+        ...
+
     def breakable(self) -> Breakable:
         """Return a ``with`` block that its handle ends early and quietly; the task goes on behind it.
 
@@ -75,6 +93,58 @@ class Tasks(Protocol):
 
         The task that calls it is not waited for. Nothing may be spawned once it has returned.
         """
+
+
+class Baton:
+    """The right to do the next job, in the hands of one task."""
+
+    __slots__ = ("task",)
+
+    task: Handle
+
+
+class Relay:
+    """Does many jobs one after another in one task, as long as none of them waits.
+
+    One that waits keeps the task, and from the next turn of the loop another task goes on with the rest: nobody
+    waits for it, and a job that need not wait costs no task. No task remains when there is nothing to do.
+    """
+
+    __slots__ = ("_baton", "_job", "_jobs", "_tasks")
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._jobs: deque[Job] = deque()
+        self._job: Job | None = None  # what is being done
+        self._baton: Baton | None = None
+
+    def add(self, job: Job) -> None:
+        """Do ``job`` after those that are there already, when the present turn of the loop has ended."""
+        self._jobs.append(job)
+        if self._baton is None:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._baton = Baton()
+        self._baton.task = self._tasks.spawn_later(self._run, self._baton)
+
+    async def _run(self, baton: Baton) -> None:
+        self._tasks.schedule(partial(self._look, baton))
+        while self._jobs:
+            job = self._job = self._jobs.popleft()
+            await job.run()
+            if self._baton is not baton:
+                return  # it has waited, and another task goes on
+        self._baton = self._job = None
+
+    def _look(self, baton: Baton) -> None:
+        """A turn later: a task that is still at a job keeps it, because the job waits (or was cancelled)."""
+        if self._baton is not baton or self._job is None:
+            return
+        job, self._job, self._baton = self._job, None, None
+        job.waits(baton.task)
+        if self._jobs and self._baton is None:
+            self._hand_over()
 
 
 async def guarded(function: AsyncFunction, args: tuple[Any, ...]) -> None:
@@ -130,12 +200,18 @@ class AsyncioTasks:
         self._tasks: set[asyncio.Task[None]] = set()
         self.schedule: Callable[[Callable[[], object]], object] = self._loop.call_soon
         self.time: Callable[[], float] = self._loop.time
+        self.relay: Relay = Relay(self)
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         task: asyncio.Task[None] = asyncio.Task(guarded(function, args), loop=self._loop, context=context, **_EAGER)
-        if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        return task if task.done() else self._keep(task)
+
+    def spawn_later(self, function: AsyncFunction, *args: Any) -> Handle:
+        return self._keep(asyncio.Task(guarded(function, args), loop=self._loop))
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def breakable(self) -> Breakable:
@@ -164,12 +240,15 @@ class TrioTasks:
         self._ended = anyio.Event()
         self.schedule: Callable[[Callable[[], object]], object] = trio.lowlevel.current_trio_token().run_sync_soon
         self.time: Callable[[], float] = trio.current_time
+        self.relay: Relay = Relay(self)
 
     def spawn(self, function: AsyncFunction, *args: Any, context: Context | None = None) -> Handle:
         scope = anyio.CancelScope()
         context = copy_context() if context is None else context
         self._running[self._spawn(self._run, scope, function, args, context=context)] = scope
         return scope
+
+    spawn_later = spawn  # trio starts no task at once
 
     async def _run(self, scope: anyio.CancelScope, function: AsyncFunction, args: tuple[Any, ...]) -> None:
         try:

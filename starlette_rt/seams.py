@@ -9,13 +9,13 @@ announces itself in the scope's extensions under `SEAM_EXTENSION`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.types import Message, Send
 
-from .loop import Handle, Tasks
+from .loop import Handle, Relay, Tasks
 
 SEAM_EXTENSION = "starlette_rt.seam"
 
@@ -55,8 +55,12 @@ class Seam(Protocol):
     def attach(self, listener: Listener) -> None:
         """Report to ``listener`` from now on."""
 
+    def ready(self) -> bool:
+        """Whether `write` would take a payload now; where it would later, the listener has been told of a pause."""
+        ...
+
     def write(self, payload: Any) -> bool:
-        """Hand over a joined payload; false, and nothing is taken, while not open, paused or closing."""
+        """Hand over a joined payload; false, and nothing is taken, where the seam is not `ready`."""
         ...
 
     def close(self, code: int, reason: str) -> None:
@@ -83,17 +87,22 @@ ASGI = AsgiCarrier()
 
 
 class SendSeam:
-    """The seam over ASGI's ``send()``: a task writes what it was handed and ends; none waits while idle."""
+    """The seam over ASGI's ``send()``: it is awaited in a task that all of them share, until one has to wait.
 
-    __slots__ = ("_busy", "_close", "_deaf", "_listener", "_open", "_paused", "_send", "_spawn", "_writer")
+    Who writes is told of a pause only if there is one: when a peer keeps ``send()`` waiting, or when somebody asks
+    for more before the last payload has gone.
+    """
+
+    __slots__ = ("_busy", "_close", "_deaf", "_listener", "_open", "_paused", "_payload", "_relay", "_send", "_writer")
 
     carrier: Carrier = ASGI
     _listener: Listener
 
-    def __init__(self, send: Send, spawn: Callable[..., Handle]) -> None:
+    def __init__(self, send: Send, relay: Relay) -> None:
         self._send = send
-        self._spawn = spawn
-        self._writer: Handle | None = None
+        self._relay = relay
+        self._writer: Handle | None = None  # the task of its own, while it waits
+        self._payload: tuple[Message, ...] = ()
         self._close: Message | None = None
         self._open = True
         self._busy = self._paused = self._deaf = False
@@ -101,9 +110,14 @@ class SendSeam:
     def attach(self, listener: Listener) -> None:
         self._listener = listener
 
+    def ready(self) -> bool:
+        if self._busy and self._open and not self._paused:
+            self._pause()
+        return self._open and not self._busy
+
     def write(self, payload: tuple[Message, ...]) -> bool:
         if self._busy or not self._open:
-            return False
+            return self.ready()
         self._start(payload)
         return True
 
@@ -118,6 +132,7 @@ class SendSeam:
     def abort(self) -> None:
         self._open = False
         self._close = None
+        self._payload = ()
         if self._writer is not None:
             self._writer.cancel()
         abort_transport(self._send)
@@ -128,15 +143,25 @@ class SendSeam:
 
     def _start(self, payload: tuple[Message, ...]) -> None:
         self._busy = True
-        writer = self._spawn(self._write, payload)
-        if self._busy:
-            self._writer = writer
-            self._paused = True
-            self._listener.on_pause()
+        self._payload = payload
+        self._relay.add(self)
 
-    async def _write(self, payload: tuple[Message, ...]) -> None:
+    def _pause(self) -> None:
+        self._paused = True
+        self._listener.on_pause()
+
+    def waits(self, task: Handle, /) -> None:
+        """The relay goes on without us: the peer does not read."""
+        self._writer = task
+        if self._open or self._close is not None:
+            self._pause()
+        else:
+            task.cancel()  # aborted in the turn in which it began to wait
+
+    async def run(self) -> None:
+        """Send what was handed over, and the Close if that was asked."""
         try:
-            for message in payload:
+            for message in self._payload:
                 await self._send(message)
                 if self._paused:
                     self._listener.on_pause()
@@ -153,6 +178,7 @@ class SendSeam:
     def _finished(self) -> None:
         self._busy = False
         self._writer = None
+        self._payload = ()
         if self._paused:
             self._paused = False
             self._listener.on_resume()
@@ -161,7 +187,7 @@ class SendSeam:
 def seam_for(scope: Any, send: Send, tasks: Tasks) -> Seam:
     """Return the server's own seam if it brought one, else one over ``send``."""
     seam: Seam | None = (scope.get("extensions") or {}).get(SEAM_EXTENSION)
-    return seam if seam is not None else SendSeam(send, tasks.spawn)
+    return seam if seam is not None else SendSeam(send, tasks.relay)
 
 
 def transport_of(send: Send) -> Any:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 from asyncio import Task, TimerHandle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from .protocols.framing import FRAMED
+from .protocols.framing import DEFLATED, FRAMED, WINDOW
 from .seams import SEAM_EXTENSION
 
 try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+    from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
     from websockets.frames import Frame
     from websockets.protocol import State
 except ImportError as _error:
@@ -58,7 +59,7 @@ RELIES_ON: Mapping[str, str] = {
     "send_receive_event_to_app": "frames curr_msg_data_type close_sent queue",
     "shutdown": "close_sent close_timer",
 }
-ADDS = ("abort", "attach", "carrier", "close", "deafen", "write")
+ADDS = ("abort", "attach", "carrier", "close", "deafen", "ready", "write")
 
 
 def misfits(base: type, relies_on: Mapping[str, str] = RELIES_ON) -> list[str]:
@@ -98,13 +99,16 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     it after a Close frame or an end of stream; then the transport is aborted, whatever is still buffered.
     """
 
-    __slots__ = ("_deadline", "_listener", "_shutting_down", "_unpaused")
+    __slots__ = ("_deadline", "_listener", "_shutting_down", "_unpaused", "carrier")
 
-    carrier: Carrier = FRAMED
     shutdown_timeout: ClassVar[float] = 5.0  # seconds from the server's shutdown to the abort
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        for offered in self.conn.available_extensions or ():
+            if isinstance(offered, ServerPerMessageDeflateFactory):
+                offered.server_no_context_takeover = True  # else no compressed frame could be shared
+        self.carrier: Carrier = FRAMED
         self._listener: Listener | None = None
         self._unpaused = True
         self._shutting_down = False
@@ -118,13 +122,17 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._unpaused:
             listener.on_pause()
 
-    def write(self, payload: bytes) -> bool:
-        """Hand framed bytes to the transport; false, and nothing is taken, while not open, paused or closing.
+    def ready(self) -> bool:
+        """Whether `write` would take something: not while paused, not unless open, not while closing.
 
         The state and the transport are asked each time: an ASGI close, the peer's Close, a failed ping and a
         failed write each change one of them without a call that could be overridden.
         """
-        if self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing():
+        return self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing()
+
+    def write(self, payload: bytes) -> bool:
+        """Hand framed bytes to the transport; false, and nothing is taken, where it is not `ready`."""
+        if self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing():  # ready(), inlined
             self.transport.write(payload)
             return True
         return False
@@ -198,6 +206,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def run_asgi(self) -> CoroutineType[Any, Any, None]:
         """Enter the scope here and not after ``handle_connect``: an eager task would already have read it."""
+        self.carrier = carrier_for(self.conn.extensions)
         scope: Any = self.scope
         scope["extensions"][SEAM_EXTENSION] = self
         return cast("CoroutineType[Any, Any, None]", super().run_asgi())
@@ -266,6 +275,17 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         """Bound the end of an attached connection: ``transport.close()`` alone waits forever for a peer to read."""
         if self._listener is not None and self._deadline is None:
             self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+
+def carrier_for(extensions: Sequence[object]) -> Carrier:
+    """Return how frames travel to a peer with which these extensions were agreed.
+
+    A peer that may forget what came before, and looks back as far as we do, gets what is compressed once for all.
+    """
+    for agreed in extensions:
+        if isinstance(agreed, PerMessageDeflate) and agreed.local_no_context_takeover:
+            return DEFLATED if agreed.local_max_window_bits >= WINDOW else FRAMED
+    return FRAMED
 
 
 def _is_text(parts: list[bytes]) -> bool:

@@ -1275,8 +1275,8 @@ async def test_what_the_host_spelled_itself_is_an_event_to_who_speaks_the_protoc
 class Direct(SendSeam):
     """A seam whose server can hand over a message without a turn of the reader, as our class for uvicorn can."""
 
-    def __init__(self, send: Any, spawn: Any, receive: Any) -> None:
-        super().__init__(send, spawn)
+    def __init__(self, send: Any, relay: Any, receive: Any) -> None:
+        super().__init__(send, relay)
         self.take = receive
 
     async def receive(self) -> Any:
@@ -1287,7 +1287,7 @@ def handed_over(stage: list[Stage]) -> Callable[[ASGIApp], ASGIApp]:
     def wrapped(app: ASGIApp) -> ASGIApp:
         async def served(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] == "websocket":
-                seam = Direct(send, stage[0].rt.tasks.spawn, receive)
+                seam = Direct(send, stage[0].rt.tasks.relay, receive)
                 scope["extensions"] = {**scope["extensions"], SEAM_EXTENSION: seam}
                 receive = seam.receive
             await app(scope, receive, send)

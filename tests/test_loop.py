@@ -18,7 +18,7 @@ import anyio.lowlevel
 import pytest
 
 from starlette_rt import loop
-from starlette_rt.loop import AsyncioTasks, Tasks, TrioTasks, tasks, within
+from starlette_rt.loop import AsyncioTasks, Handle, Tasks, TrioTasks, tasks, within
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -607,3 +607,114 @@ async def test_within_goes_on_in_a_scope_that_is_cancelled(ours: Tasks) -> None:
     with anyio.CancelScope() as scope:
         scope.cancel()
         assert await within(DEADLINE, anyio.lowlevel.checkpoint) is True
+
+
+# Many jobs in one task.
+
+
+class Note:
+    """A job that notes who did it, and may wait or fail before that."""
+
+    def __init__(self, done: list[Any], name: int, gate: anyio.Event | None = None, fails: bool = False) -> None:
+        self.done, self.name, self.gate, self.fails = done, name, gate, fails
+        self.task: Handle | None = None
+        self.doers: list[object] = []
+
+    async def run(self) -> None:
+        self.doers.append(anyio.get_current_task().id)
+        if self.fails:
+            raise LookupError(self.name)
+        if self.gate is not None:
+            await self.gate.wait()
+        self.done.append(self.name)
+
+    def waits(self, task: Handle, /) -> None:
+        self.task = task
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with anyio.fail_after(DEADLINE):
+        while not holds():
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_jobs_that_need_not_wait_are_done_in_order_by_one_task(ours: Tasks) -> None:
+    done: list[int] = []
+    jobs = [Note(done, number) for number in range(5)]
+    for job in jobs:
+        ours.relay.add(job)
+    assert done == []
+    await until(lambda: len(done) == 5)
+    assert done == list(range(5))
+    assert len({job.doers[0] for job in jobs}) == 1
+    assert all(job.task is None for job in jobs)
+
+
+async def test_a_job_added_later_is_done_as_well(ours: Tasks) -> None:
+    done: list[int] = []
+    for number in range(3):
+        ours.relay.add(Note(done, number))
+        await until(lambda: len(done) > number)  # noqa: B023 - awaited here
+    assert done == [0, 1, 2]
+
+
+async def test_nobody_waits_for_a_job_that_waits(ours: Tasks) -> None:
+    done: list[int] = []
+    gates = [anyio.Event() for _ in range(2)]
+    jobs = [Note(done, 0), Note(done, 1, gates[0]), Note(done, 2), Note(done, 3, gates[1]), Note(done, 4)]
+    for job in jobs:
+        ours.relay.add(job)
+    await until(lambda: len(done) == 3)
+    assert done == [0, 2, 4]
+    assert [job.task is not None for job in jobs] == [False, True, False, True, False]
+    gates[1].set()
+    await until(lambda: len(done) == 4)
+    gates[0].set()
+    await until(lambda: len(done) == 5)
+    assert done == [0, 2, 4, 3, 1]
+
+
+async def test_a_job_that_waits_can_be_cancelled_and_the_rest_is_done(ours: Tasks) -> None:
+    done: list[int] = []
+    stuck = Note(done, 0, anyio.Event())
+    ours.relay.add(stuck)
+    await until(lambda: stuck.task is not None)
+    assert stuck.task is not None
+    stuck.task.cancel()
+    ours.relay.add(Note(done, 1))
+    await until(lambda: done == [1])
+
+
+async def test_a_job_that_fails_is_logged_and_the_rest_is_done(
+    ours: Tasks, errors: Callable[[], list[logging.LogRecord]]
+) -> None:
+    done: list[int] = []
+    for number in range(3):
+        ours.relay.add(Note(done, number, fails=number == 1))
+    await until(lambda: len(done) == 2)
+    assert done == [0, 2]
+    assert [record.getMessage() for record in errors()] == ["a task of starlette_rt failed"]
+
+
+async def test_what_a_job_adds_is_done_by_the_same_task(ours: Tasks) -> None:
+    done: list[int] = []
+    second = Note(done, 2)
+
+    class First(Note):
+        async def run(self) -> None:
+            ours.relay.add(second)
+            await super().run()
+
+    first = First(done, 1)
+    ours.relay.add(first)
+    await until(lambda: len(done) == 2)
+    assert done == [1, 2]
+    assert first.doers == second.doers
+
+
+async def test_a_relay_leaves_no_task_behind(ours: Tasks) -> None:
+    done: list[int] = []
+    ours.relay.add(Note(done, 0))
+    await until(lambda: done == [0])
+    with anyio.fail_after(DEADLINE):
+        await ours.close(DEADLINE)

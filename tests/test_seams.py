@@ -1,16 +1,16 @@
-"""The seam over ``send()``, driven by hand: a task here runs when the test says so, eagerly or not at all."""
+"""The seam over ``send()``, driven by hand: what it gives to the relay runs when the test says so."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Generator, Iterator
 from functools import partial, wraps
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.types import Message
 
-from starlette_rt.loop import tasks
+from starlette_rt.loop import Job, Relay, tasks
 from starlette_rt.seams import ASGI, SEAM_EXTENSION, SendSeam, abort_transport, seam_for, stop_reading
 
 pytestmark = pytest.mark.unit
@@ -21,19 +21,22 @@ class Cancelled(BaseException):
 
 
 class Task:
-    """A coroutine that goes one step at a time."""
+    """What the relay does of one job: a step at a time, and after a step that did not end it, it waits."""
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], eager: bool) -> None:
-        self._coroutine = function(*args)
-        self.done = False
-        if eager:
-            self.step()
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._coroutine = job.run()
+        self.done = self.waits = False
 
     def step(self) -> None:
         try:
             self._coroutine.send(None)
         except StopIteration:
             self.done = True
+        else:
+            if not self.waits:
+                self.waits = True
+                self._job.waits(self)
 
     def cancel(self) -> None:
         try:
@@ -50,15 +53,14 @@ def wait() -> Generator[None]:
 class Stage:
     """A seam, the server below it, and the listener above it."""
 
-    def __init__(self, eager: bool) -> None:
-        self.eager = eager
+    def __init__(self) -> None:
         self.sent: list[Message] = []
         self.heard: list[str] = []
         self.tasks: list[Task] = []
         self.full = self.gone = False
         self.aborted = self.deafened = 0
         self.transport = self  # a server's send is a method of what holds the transport
-        self.seam = SendSeam(self.send, self.spawn)
+        self.seam = SendSeam(self.send, cast("Relay", self))
         self.seam.attach(self)
 
     async def send(self, message: Message) -> None:
@@ -68,10 +70,8 @@ class Stage:
             raise OSError("the peer has left")
         self.sent.append(message)
 
-    def spawn(self, function: Callable[..., Any], *args: Any) -> Task:
-        task = Task(function, args, self.eager)
-        self.tasks.append(task)
-        return task
+    def add(self, job: Job) -> None:
+        self.tasks.append(Task(job))
 
     def abort(self) -> None:
         self.aborted += 1
@@ -103,9 +103,9 @@ class Stage:
         return [message.get("text", f"close {message.get('code')}") for message in self.sent]
 
 
-@pytest.fixture(params=[True, False], ids=["eager", "later"])
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    stage = Stage(request.param)
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
     yield stage
     stage.run()
     assert all(task.done for task in stage.tasks)
@@ -127,27 +127,40 @@ def test_what_is_written_is_sent_in_order(stage: Stage) -> None:
     assert all(task.done for task in stage.tasks)
 
 
-def test_a_write_that_went_at_once_pauses_nobody() -> None:
-    stage = Stage(eager=True)
+def test_a_write_that_need_not_wait_pauses_nobody(stage: Stage) -> None:
     assert stage.write("1")
+    stage.run()
     assert stage.heard == []
 
 
-def test_while_a_write_is_on_its_way_nothing_more_is_taken(stage: Stage) -> None:
-    stage.full = True
+def test_who_asks_for_more_before_it_has_gone_is_told_when_to_come_back(stage: Stage) -> None:
     assert stage.write("1")
-    assert stage.heard == ["pause"]
     assert not stage.write("2")
+    assert not stage.seam.ready()
+    assert stage.heard == ["pause"]
     stage.run()
     assert stage.texts == ["1"]
     assert stage.heard[-1] == "resume"
+    assert stage.seam.ready()
     assert stage.write("3")
 
 
-def test_a_part_that_has_gone_is_said_by_another_pause() -> None:
-    stage = Stage(eager=True)
+def test_a_peer_that_keeps_a_write_waiting_is_a_pause(stage: Stage) -> None:
+    stage.full = True
+    assert stage.write("1")
+    stage.tasks[0].step()
+    assert stage.heard == ["pause"]
+    assert not stage.write("2")
+    assert stage.heard == ["pause"], "its time runs from when it began"
+    stage.run()
+    assert stage.heard[-1] == "resume"
+    assert stage.texts == ["1"]
+
+
+def test_a_part_that_has_gone_is_said_by_another_pause(stage: Stage) -> None:
     stage.full = True
     stage.write("1", "2")
+    stage.tasks[0].step()
     assert stage.heard == ["pause"]
     stage.tasks[0].step()
     assert stage.heard == ["pause", "pause"]
@@ -196,8 +209,7 @@ def test_a_peer_that_has_left_closes_the_seam(stage: Stage) -> None:
 def test_an_abort_drops_what_is_on_its_way_and_the_transport(stage: Stage) -> None:
     stage.full = True
     stage.write("1")
-    if not stage.eager:
-        stage.tasks[0].step()  # it waits in the server now
+    stage.tasks[0].step()  # it waits in the server now
     stage.seam.close(4000, "")
     stage.seam.abort()
     stage.run()
@@ -207,6 +219,26 @@ def test_an_abort_drops_what_is_on_its_way_and_the_transport(stage: Stage) -> No
     assert not stage.write("3")
 
 
+def test_an_abort_before_its_turn_leaves_nothing_to_send(stage: Stage) -> None:
+    stage.write("1")
+    stage.seam.close(4000, "")
+    stage.seam.abort()
+    stage.run()
+    assert stage.sent == []
+    assert stage.aborted == 1
+
+
+def test_an_abort_in_the_turn_in_which_it_began_to_wait_ends_it(stage: Stage) -> None:
+    stage.full = True
+    stage.write("1")
+    stage.tasks[0].waits = True  # the relay has not looked yet
+    stage.tasks[0].step()
+    stage.seam.abort()
+    stage.seam.waits(stage.tasks[0])
+    assert stage.tasks[0].done
+    assert stage.sent == []
+
+
 def test_an_idle_seam_is_aborted_too(stage: Stage) -> None:
     stage.seam.abort()
     assert stage.aborted == 1
@@ -214,8 +246,8 @@ def test_an_idle_seam_is_aborted_too(stage: Stage) -> None:
 
 
 def test_a_server_without_a_transport_to_drop_only_loses_its_writer() -> None:
-    stage = Stage(eager=True)
-    seam = SendSeam(discard, stage.spawn)
+    stage = Stage()
+    seam = SendSeam(discard, cast("Relay", stage))
     seam.attach(stage)
     seam.deafen()
     seam.abort()

@@ -34,6 +34,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus, ProtocolError
+from websockets.extensions import Extension
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
@@ -41,9 +43,9 @@ from websockets.uri import parse_uri
 
 import starlette_rt
 import starlette_rt.uvicorn
-from starlette_rt.protocols.framing import FRAMED, frame
-from starlette_rt.seams import SEAM_EXTENSION, Seam
-from starlette_rt.uvicorn import RELIES_ON, RealtimeWebSocketProtocol, fitted, misfits
+from starlette_rt.protocols.framing import DEFLATED, FRAMED, frame
+from starlette_rt.seams import SEAM_EXTENSION, Carrier, Seam
+from starlette_rt.uvicorn import RELIES_ON, RealtimeWebSocketProtocol, carrier_for, fitted, misfits
 
 T = TypeVar("T")
 
@@ -936,9 +938,18 @@ if sys.version_info >= (3, 12):
 
 
 @pytest.mark.unit
-def test_the_class_is_a_seam() -> None:
-    seam: type[Seam] = RealtimeWebSocketProtocol
-    assert seam.carrier is FRAMED
+@pytest.mark.parametrize(
+    ("agreed", "carrier"),
+    [
+        ([], FRAMED),
+        ([PerMessageDeflate(False, True, 15, 12)], DEFLATED),
+        ([PerMessageDeflate(False, True, 15, 15)], DEFLATED),
+        ([PerMessageDeflate(False, True, 15, 11)], FRAMED),  # it cannot look back so far
+        ([PerMessageDeflate(False, False, 15, 12)], FRAMED),  # it remembers what it was sent before
+    ],
+)
+def test_compressed_is_shared_only_with_whom_it_was_agreed(agreed: list[Extension], carrier: Carrier) -> None:
+    assert carrier_for(agreed) is carrier
 
 
 @pytest.mark.unit
