@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from .protocols.framing import DEFLATED, FRAMED, WINDOW
+from .protocols.framing import DEFLATED, FRAMED, LOST, WINDOW, beyond, whole
 from .seams import SEAM_EXTENSION
 
 try:
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # websockets was built without its C extension
+    from websockets.utils import apply_mask
+
 C = TypeVar("C", bound=type)
 
 FITS = "0.52.1 to 0.54"  # the versions of uvicorn that this file has been tested with
@@ -42,7 +47,7 @@ RELIES_ON: Mapping[str, str] = {
     "__init__": "loop conn queue transport handshake_complete close_sent close_timer close_timeout disconnected"
     " read_paused frames curr_msg_data_type handshake_initiated",
     "connection_lost": "disconnected",
-    "data_received": "handle_parser_exception",
+    "data_received": "conn receive_data handle_parser_exception handle_events",
     "eof_received": "",
     "handle_close": "close_sent close_timer",
     "handle_connect": "scope run_asgi on_task_complete",
@@ -99,7 +104,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     it after a Close frame or an end of stream; then the transport is aborted, whatever is still buffered.
     """
 
-    __slots__ = ("_deadline", "_listener", "_shutting_down", "_unpaused", "carrier")
+    __slots__ = ("_deadline", "_fragmented", "_listener", "_shutting_down", "_to_come", "_unpaused", "carrier")
 
     shutdown_timeout: ClassVar[float] = 5.0  # seconds from the server's shutdown to the abort
 
@@ -113,6 +118,8 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._unpaused = True
         self._shutting_down = False
         self._deadline: TimerHandle | None = None
+        self._to_come = LOST  # bytes of a frame whose beginning has arrived
+        self._fragmented = False
 
     # What the connection calls.
 
@@ -210,6 +217,45 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         scope: Any = self.scope
         scope["extensions"][SEAM_EXTENSION] = self
         return cast("CoroutineType[Any, Any, None]", super().run_asgi())
+
+    def data_received(self, data: bytes) -> None:
+        """Hand whole short messages to the listener; everything else is parsed, checked and answered by websockets.
+
+        Its parser takes a dozen calls for a frame. To pass it by, we must know where frames begin: from the handshake
+        on each chunk is looked over, and if a head is cut, or something came before the accept, never again.
+        """
+        if self.conn.state is State.CONNECTING:
+            early = self.handshake_initiated
+            super().data_received(data)
+            self._to_come = 0 if not early and data.endswith(b"\r\n\r\n") else LOST
+            return
+        at = 0
+        if self._to_come == 0 and not self._fragmented and self._listener is not None and not self.conn.extensions:
+            if (at := self._take_whole(data, self._listener)) == len(data):
+                return
+            data = data[at:]
+        if self._to_come != LOST:
+            self._look_over(data)
+        super().data_received(data)
+
+    def _take_whole(self, data: bytes, listener: Listener) -> int:
+        """Hand over as many messages as can be; return where the rest begins."""
+        at, most = 0, self.config.ws_max_size
+        while (
+            self.conn.state is State.OPEN
+            and not self.close_sent
+            and self.queue.empty()
+            and (found := whole(data, at, apply_mask, most)) is not None
+            and listener.on_message(found[0])
+        ):
+            at = found[1]
+        return at
+
+    def _look_over(self, data: bytes) -> None:
+        if self._to_come >= len(data):
+            self._to_come -= len(data)
+        else:
+            self._to_come, self._fragmented = beyond(data, self._to_come, self._fragmented)
 
     def send_receive_event_to_app(self) -> None:
         """Hand a message to the listener, if it is its turn and wants it; else to the queue, as uvicorn does.

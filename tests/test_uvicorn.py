@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -30,8 +31,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
 from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus, ProtocolError
 from websockets.extensions import Extension
@@ -43,7 +47,7 @@ from websockets.uri import parse_uri
 
 import starlette_rt
 import starlette_rt.uvicorn
-from starlette_rt.protocols.framing import DEFLATED, FRAMED, frame
+from starlette_rt.protocols.framing import DEFLATED, FRAMED, beyond, frame
 from starlette_rt.seams import SEAM_EXTENSION, Carrier, Seam
 from starlette_rt.uvicorn import RELIES_ON, RealtimeWebSocketProtocol, carrier_for, fitted, misfits
 
@@ -921,6 +925,225 @@ def test_random_frames_leave_no_trace_and_disturb_no_neighbour(site: Site) -> No
             assert visit.done.wait(PATIENCE)
             assert visit.error is None or isinstance(visit.error, ClientDisconnected)
         site.until(lambda: len(site.server.server_state.connections) == 1)
+
+
+# Short messages, read without a parser. The transport is paper, so that every cut of the bytes can be tried.
+
+
+class Paper(asyncio.Transport):
+    """Takes what is written."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.written: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def pause_reading(self) -> None:
+        """Nothing is read here."""
+
+    def resume_reading(self) -> None:
+        """Nothing is read here."""
+
+
+class Taker:
+    """Listens to all but every n-th message, which the app is to read."""
+
+    def __init__(self, leaves: int) -> None:
+        self.leaves, self.asked, self.direct = leaves, 0, 0
+        self.heard: list[str | bytes] = []
+
+    def on_message(self, raw: str | bytes) -> bool:
+        self.asked += 1
+        if self.leaves and self.asked % self.leaves == 0:
+            return False
+        self.direct += 1
+        self.heard.append(raw)
+        return True
+
+    def on_pause(self) -> None:
+        raise AssertionError
+
+    def on_resume(self) -> None:
+        raise AssertionError
+
+    def on_closing(self, code: int) -> None:
+        raise AssertionError
+
+
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+async def read_on_paper(
+    chunks: list[bytes], leaves: int = 0, early: bytes = b"", **options: Any
+) -> tuple[Taker, Paper, list[bytes]]:
+    """Feed ``chunks`` to the class, and return who listened, the transport, and what was left to the parser."""
+    taker, accepted = Taker(leaves), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["extensions"][SEAM_EXTENSION].attach(taker)
+        await receive()
+        if early:
+            await asyncio.sleep(0)
+        await send({"type": "websocket.accept"})
+        accepted.set()
+        while (message := await receive())["type"] != "websocket.disconnect":
+            taker.heard.append(message.get("text") if message.get("text") is not None else message["bytes"])
+
+    config = uvicorn.Config(app, interface="asgi3", lifespan="off", log_config=None, ws_ping_interval=None, **options)
+    config.load()
+    protocol, paper = RealtimeWebSocketProtocol(config, ServerState(), {}), Paper()
+    parsed: list[bytes] = []
+    receive_data = protocol.conn.receive_data
+    protocol.conn.receive_data = lambda data=b"": (parsed.append(data), receive_data(data))[1]  # type: ignore[method-assign]
+    protocol.connection_made(paper)
+    protocol.data_received(HANDSHAKE)
+    if early:
+        protocol.data_received(early)
+    await accepted.wait()
+    parsed.clear()
+    for chunk in chunks:
+        protocol.data_received(chunk)
+        for _ in range(3):
+            await asyncio.sleep(0)  # the app reads what is in its queue
+    protocol.connection_lost(None)
+    await asyncio.wait_for(asyncio.gather(*protocol.tasks), PATIENCE)
+    return taker, paper, parsed
+
+
+def client_frame(opcode: Opcode, data: bytes, fin: bool = True) -> bytes:
+    return Frame(opcode, data, fin).serialize(mask=True)
+
+
+def said(message: str | bytes) -> bytes:
+    if isinstance(message, str):
+        return client_frame(Opcode.TEXT, message.encode())
+    return client_frame(Opcode.BINARY, message)
+
+
+def frames_of(message: str | bytes, cuts: list[int], ping: bool) -> list[bytes]:
+    """Return a message as a client may send it: in fragments, with a ping before each."""
+    data, opcode = (message.encode(), Opcode.TEXT) if isinstance(message, str) else (message, Opcode.BINARY)
+    parts = pieces(data, cuts) or [b""]
+    frames = []
+    for number, part in enumerate(parts):
+        frames += [client_frame(Opcode.PING, b"?")] if ping else []
+        frames.append(client_frame(Opcode.CONT if number else opcode, part, number == len(parts) - 1))
+    return frames
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    """Return ``data`` cut at these places; no piece is empty."""
+    places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    return [data[start:end] for start, end in pairwise(places)]
+
+
+messages_said = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.binary(),
+    st.sampled_from(["a" * 125, "b" * 126, "é" * 200, b"c" * 65535, b"d" * 65536]),
+)
+
+
+@pytest.mark.unit
+@given(
+    st.lists(st.tuples(messages_said, st.lists(st.integers(0, 300), max_size=2), st.booleans()), max_size=12),
+    st.lists(st.integers(0, 5000), max_size=8),
+    st.integers(0, 3),
+)
+def test_however_messages_are_cut_they_arrive_whole_and_in_order(
+    sayings: list[tuple[str | bytes, list[int], bool]], cuts: list[int], leaves: int
+) -> None:
+    frames = [frame for saying in sayings for frame in frames_of(*saying)]
+    taker, paper, _ = asyncio.run(read_on_paper(pieces(b"".join(frames), cuts), leaves))
+    assert taker.heard == [message for message, _, _ in sayings]
+    pings = [frame for frame in frames if frame[0] & 0x0F == Opcode.PING]
+    assert b"".join(paper.written[1:]) == b"\x8a\x01?" * len(pings)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("twin", [lambda *args: (beyond(*args)[0], False), lambda *args: (0, beyond(*args)[1])])
+def test_the_test_above_finds_who_forgets_where_frames_begin(
+    monkeypatch: pytest.MonkeyPatch, twin: Callable[..., tuple[int, bool]]
+) -> None:
+    monkeypatch.setattr(starlette_rt.uvicorn, "beyond", twin)
+    inner = said("inner")
+    head = bytes((0x82, 0x80 | len(inner), 0, 0, 0, 0))  # masked with zeros: its payload looks like a frame
+    first, last = frames_of("ab", [1], False)
+    heard = [asyncio.run(read_on_paper(chunks))[0].heard for chunks in ([head, inner], [first, said("inner"), last])]
+    assert "inner" in heard[0] + heard[1]
+
+
+@pytest.mark.unit
+def test_what_looks_like_a_frame_within_another_is_none() -> None:
+    inner = said("inner")
+    head = bytes((0x82, 0x80 | len(inner), 0, 0, 0, 0))
+    assert asyncio.run(read_on_paper([head, inner]))[0].heard == [inner]
+
+
+@pytest.mark.unit
+def test_whole_short_messages_are_not_parsed() -> None:
+    chunks = [said("a"), said(b"b" * 126) + said("c" * 65535), said("")]
+    taker, _, parsed = asyncio.run(read_on_paper(chunks))
+    assert taker.heard == ["a", b"b" * 126, "c" * 65535, ""]
+    assert taker.direct == 4
+    assert parsed == []
+
+
+LONG = said(b"d" * 65536)
+NOT_SHORTEST = b"\x81\xfe\x00\x01" + bytes(4) + b"e"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("odd", [LONG, NOT_SHORTEST, client_frame(Opcode.PING, b"?")], ids=len)
+def test_after_what_only_the_parser_reads_short_messages_pass_it_by_again(odd: bytes) -> None:
+    taker, _, parsed = asyncio.run(read_on_paper([said("a") + odd, said("b")]))
+    assert parsed == [odd]
+    assert (taker.heard[0], taker.heard[-1]) == ("a", "b")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("size", [1, 2, 6, 30, 130])
+def test_a_message_that_comes_in_two_pieces_is_the_parsers(size: int) -> None:
+    whole = said("a" * 126)
+    chunks = [said("0"), whole[:size], whole[size:], said("1")]
+    taker, _, parsed = asyncio.run(read_on_paper(chunks))
+    assert taker.heard == ["0", "a" * 126, "1"]
+    lost = size < 4  # within the head: where the next frame begins is not known any more
+    assert parsed == (chunks[1:] if lost else chunks[1:3])
+
+
+@pytest.mark.unit
+def test_what_comes_before_the_accept_is_the_parsers_and_so_is_all_that_follows() -> None:
+    late = said("b")
+    taker, _, parsed = asyncio.run(read_on_paper([late], early=said("a")))
+    assert taker.heard == ["a", "b"]
+    assert parsed == [late]
+
+
+@pytest.mark.unit
+def test_a_message_over_the_servers_bound_is_refused_by_the_parser() -> None:
+    taker, paper, _ = asyncio.run(read_on_paper([said("a" * 101)], ws_max_size=100))
+    assert taker.heard == []
+    assert paper.written[-1][2:4] == (1009).to_bytes(2)
+
+
+@pytest.mark.unit
+def test_text_that_is_no_text_is_refused_after_what_came_before_it() -> None:
+    taker, paper, _ = asyncio.run(read_on_paper([said("a") + client_frame(Opcode.TEXT, b"\xff")]))
+    assert taker.heard == ["a"]
+    assert paper.written[-1][2:4] == (1007).to_bytes(2)
 
 
 if sys.version_info >= (3, 12):
