@@ -6,7 +6,8 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-BENCH ?= limits http idle inbound fanout redis presence
+BENCH ?= limits http idle inbound fanout mixed groups deflate storm latency redis presence
+PAGE ?= docs/benchmarks.md
 
 .PHONY: help demo test soak lint docs bench
 .PRECIOUS: $(VENV)/.python $(VENV)/.ready-%
@@ -17,7 +18,9 @@ help:
 	@echo "make soak    run the tests that take minutes: recovery under a hostile broker, a million mutated frames"
 	@echo "make lint    check style and types: ruff, mypy, pyright"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
-	@echo "make bench   run the benchmarks ($(BENCH); BENCH=limits for one of them)"
+	@echo "make bench   run the benchmarks and put what they find into $(PAGE), for about an hour:"
+	@echo "             $(BENCH)"
+	@echo "             (BENCH=\"fanout idle\" picks, ARGS=\"--rounds 3\" goes to each, PAGE= writes nothing)"
 	@echo
 	@echo "The first run of each installs what it needs into $(VENV) (PYTHON=/path/to/python picks the Python)."
 
@@ -43,8 +46,13 @@ lint: $(VENV)/.ready-lint
 docs: $(VENV)/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
+# Two of them only print: their figures stand in the text of the page.
 bench: $(VENV)/.ready-bench
-	@set -e; for name in $(BENCH); do echo "== $$name"; $(VENV)/bin/python -m tests.benchmarks.$$name $(ARGS); done
+	@set -e; for name in $(BENCH); do \
+	  echo "== $$name"; \
+	  case "$$name" in limits|http) page= ;; *) page="$(addprefix --write ,$(PAGE))" ;; esac; \
+	  $(VENV)/bin/python -m tests.benchmarks.$$name $$page $(ARGS); \
+	done
 
 # A stamp per dependency group, so that each target installs its own and nothing twice.
 $(VENV)/.ready-%: $(VENV)/.python pyproject.toml

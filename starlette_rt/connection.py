@@ -282,6 +282,8 @@ class Connection:
         `WebSocketDisconnect` if it leaves first, `RuntimeError` for a client that is not on a protocol with
         answers, and `TypeError` or `ValueError` for what is no data.
         """
+        if self._state == CLOSED and self.wire.v1 is not None:
+            raise WebSocketDisconnect(self.close_code or 1006)
         if self._dialogue is None:
             raise RuntimeError("this client speaks the plain protocol, which has no answers; call() needs rt.v1")
         return await self._dialogue.call(event, data, timeout)
@@ -748,6 +750,7 @@ class Connection:
                 self._node.metrics.disconnected(code)
             self.memberships = ()
         finally:
+            self._script = self._dialogue = self._context = None  # no circles for the collector, when thousands leave
             finished.set()
 
     async def _let_finish(self) -> None:

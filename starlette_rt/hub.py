@@ -20,10 +20,11 @@ from .protocols.plain import Plain
 from .protocols.v1 import V1
 from .seams import Carrier
 
-MAX_ENTRIES = 64  # messages in the log before it is flushed
+MAX_ENTRIES = 64  # messages to one target in the log before it is flushed
 MAX_BYTES = 64 * 1024  # bytes in the log before it is flushed
+MAX_DUE = 32 * 1024  # deliveries in the log before it is flushed, if it also holds MAX_ENTRIES messages
 MAX_BATCH = 500  # frames in one message of a protocol that knows batches
-SLICE = 64  # receivers written before the loop gets a breath: more writers at once set off the garbage collector
+SLICE = 64  # receivers written before the loop gets a breath: half a millisecond
 
 
 class Wire:
@@ -146,7 +147,8 @@ class Hub:
         self._log: list[LogEntry] = []
         self._bytes = 0
         self._crowded = False  # whether something in the log is for a group
-        self._touched: set[Target] = set()
+        self._due = 0  # deliveries
+        self._touched: dict[Target, int] = {}  # how many messages for each target
         self._scheduled = False
         self._writes: Iterator[tuple[Peer, Batch]] = iter(())
         self._writing = False
@@ -199,17 +201,20 @@ class Hub:
         group = self.groups.get(name)
         if group is not None:
             self._crowded = True
+            self._due += len(group.members)
             self._append(group, message, exclude)
 
     def say(self, peer: Peer, message: Message) -> None:
         """Say ``message`` to one peer, in its place among everything else that is said."""
+        self._due += 1
         self._append(peer, message, None)
 
     def _append(self, target: Target, message: Message, exclude: Except) -> None:
         self._log.append((target, message, exclude))
-        self._touched.add(target)
+        said = self._touched[target] = self._touched.get(target, 0) + 1
         self._bytes += message.size
-        if len(self._log) >= MAX_ENTRIES or self._bytes >= MAX_BYTES:
+        many = self._due >= MAX_DUE and len(self._log) >= MAX_ENTRIES
+        if many or said >= MAX_ENTRIES or self._bytes >= MAX_BYTES:
             self.pressed = True
             self.flush()
         elif not self._scheduled:
@@ -225,7 +230,7 @@ class Hub:
 
     def settle_peer(self, peer: Peer) -> None:
         """Flush if something in the log may be for ``peer``, and write all of it: what comes now is its last."""
-        if peer in self._touched or not self._touched.isdisjoint(peer.memberships):
+        if peer in self._touched or not self._touched.keys().isdisjoint(peer.memberships):
             self.flush()
         self._write_all()
 
@@ -238,8 +243,8 @@ class Hub:
         """Put everything in the log on its receivers, in order, and begin to write."""
         self._write_all()
         log, self._log = self._log, []
-        self._touched = set()
-        self._bytes = 0
+        self._touched = {}
+        self._bytes = self._due = 0
         crowded, self._crowded = self._crowded, False
         target, _, exclude = log[0]
         if not crowded:
@@ -321,41 +326,66 @@ def _spread(peers: Iterable[Peer], messages: list[Message]) -> Iterator[tuple[Pe
             yield peer, batch
 
 
-def merge(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
-    """Put runs of the log on each receiver's list, in one synchronous pass, and return the writes.
+class Combination:
+    """Some of the targets of a log: what those receivers have in common that are in just these.
 
-    Adjacent messages with one target and one exclude form a run. Receivers that are to get the same runs
-    share one batch.
+    Each is made of the one that lacks its last target, and held by all its receivers: a target costs a receiver one
+    entry of a dictionary, and what they are written is joined once for each wire.
     """
-    lists: dict[Peer, list[int]] = {}
-    runs: list[list[Message]] = []
-    last: tuple[Target, Except] | None = None
-    for target, message, exclude in log:
-        if last is not None and last[0] is target and last[1] == exclude:
-            runs[-1].append(message)
-            continue
-        last = (target, exclude)
-        runs.append([message])
-        number = len(runs) - 1
-        if target in lists:  # one peer, behind a group: its answer leaves after what the others are told
-            lists[target] = [*lists.pop(target), number]
-            continue
+
+    __slots__ = ("batches", "before", "places")
+
+    def __init__(self, before: Combination | None, places: list[int]) -> None:
+        self.before = before
+        self.places = places  # in the log, of what was said to the last target
+        self.batches: dict[Wire, Batch | None] | None = None
+
+    def batch(self, log: list[LogEntry], wire: Wire) -> Batch | None:
+        """Return the messages of ``log`` that these receivers get, in its order, as one batch for ``wire``."""
+        if self.batches is None:
+            self.batches = {}
+        if wire not in self.batches:
+            self.batches[wire] = batch_of([log[place][1] for place in sorted(self._places())], wire)
+        return self.batches[wire]
+
+    def _places(self) -> Iterator[int]:
+        at: Combination | None = self
+        while at is not None:
+            yield from at.places
+            at = at.before
+
+
+def merge(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
+    """Find each receiver's combination of targets, in one synchronous pass, and return the writes."""
+    held: dict[Peer, Combination] = {}
+    for (target, exclude), places in places_of(log).items():
+        longer: dict[Combination | None, Combination] = {}
         for peer in receivers(target, exclude):
-            if peer in lists:
-                lists[peer].append(number)
-            else:
-                lists[peer] = [number]
-    return _merged(lists, runs)
+            before = held.get(peer)
+            after = longer.get(before)
+            if after is None:
+                after = longer[before] = Combination(before, places)
+            held[peer] = after
+    for target, *_ in log:
+        if target in held:  # one peer: its answer leaves after what others are told
+            held[target] = held.pop(target)
+    return _merged(held, log)
 
 
-def _merged(lists: dict[Peer, list[int]], runs: list[list[Message]]) -> Iterator[tuple[Peer, Batch]]:
-    batches: dict[tuple[Any, ...], Batch | None] = {}
-    for peer, numbers in lists.items():
-        key = (peer.wire, *numbers)
-        if key in batches:
-            batch = batches[key]
+def places_of(log: list[LogEntry]) -> dict[tuple[Target, Except], list[int]]:
+    """Return where in ``log`` something is said to each target, for each exclude."""
+    places: dict[tuple[Target, Except], list[int]] = {}
+    for place, (target, _, exclude) in enumerate(log):
+        if (target, exclude) in places:
+            places[target, exclude].append(place)
         else:
-            batch = batches[key] = batch_of([message for number in numbers for message in runs[number]], peer.wire)
+            places[target, exclude] = [place]
+    return places
+
+
+def _merged(held: dict[Peer, Combination], log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
+    for peer, combination in held.items():
+        batch = combination.batch(log, peer.wire)
         if batch is not None:
             yield peer, batch
 

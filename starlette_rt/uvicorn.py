@@ -9,7 +9,8 @@ something is missing the class steps aside. Its timers are those of the server's
 from __future__ import annotations
 
 import logging
-from asyncio import Task, TimerHandle
+from asyncio import AbstractEventLoop, Future, Queue, Task, TimerHandle, shield
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -44,25 +45,27 @@ FITS = "0.52.1 to 0.54"  # the versions of uvicorn that this file has been teste
 # Method of uvicorn's class -> what its code must mention for this file to be right: attributes that we read or
 # set, and the methods of ours that it must call.
 RELIES_ON: Mapping[str, str] = {
-    "__init__": "loop conn queue transport handshake_complete close_sent close_timer close_timeout disconnected"
-    " read_paused frames curr_msg_data_type handshake_initiated",
+    "__init__": "loop conn queue writable transport handshake_complete close_sent close_timer close_timeout"
+    " disconnected read_paused frames curr_msg_data_type handshake_initiated",
     "connection_lost": "disconnected",
     "data_received": "conn receive_data handle_parser_exception handle_events",
     "eof_received": "",
     "handle_close": "close_sent close_timer",
-    "handle_connect": "scope run_asgi on_task_complete",
+    "handle_connect": "request response scope run_asgi on_task_complete",
     "handle_events": "handle_close",
     "handle_parser_exception": "",
     "handle_text": "send_receive_event_to_app",
     "keepalive_timeout": "",
     "on_task_complete": "",
-    "pause_writing": "",
-    "resume_writing": "",
+    "pause_writing": "writable clear",
+    "receive": "queue get empty",
+    "resume_writing": "writable set",
     "run_asgi": "close_timer",
-    "send": "disconnected close_sent",
+    "send": "writable wait disconnected close_sent start_keepalive",
     "send_keepalive_ping": "keepalive_timeout",
     "send_receive_event_to_app": "frames curr_msg_data_type close_sent queue",
     "shutdown": "close_sent close_timer",
+    "start_keepalive": "",
 }
 ADDS = ("abort", "attach", "carrier", "close", "deafen", "ready", "write")
 
@@ -124,10 +127,16 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     # What the connection calls.
 
     def attach(self, listener: Listener) -> None:
-        """Report to ``listener`` from now on; at once, if the transport is paused already."""
+        """Report to ``listener`` from now on; at once, if the transport is paused already.
+
+        What comes is read by one task from now on, so that a lighter queue will do.
+        """
         self._listener = listener
         if not self._unpaused:
             listener.on_pause()
+        elif not isinstance(self.queue, Arrivals):
+            self.queue: Any = Arrivals(self.loop, self.queue)
+            self.writable: Any = Writable(self.loop)
 
     def ready(self) -> bool:
         """Whether `write` would take something: not while paused, not unless open, not while closing.
@@ -210,6 +219,12 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._unpaused = False
 
     # What uvicorn does, and what is to be added to it.
+
+    def start_keepalive(self) -> None:
+        """The handshake is accepted: nobody asks for its headers any more, but in the scope."""
+        self.request: Any = None
+        self.response: Any = None
+        super().start_keepalive()
 
     def run_asgi(self) -> CoroutineType[Any, Any, None]:
         """Enter the scope here and not after ``handle_connect``: an eager task would already have read it."""
@@ -301,6 +316,8 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def on_task_complete(self, task: Task[None]) -> None:
         super().on_task_complete(task)
+        scope: Any = self.scope
+        scope["extensions"].pop(SEAM_EXTENSION, None)  # else this object would hold itself
         self._end_within(self.close_timeout)
 
     def _drop_handshake(self) -> None:
@@ -321,6 +338,67 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         """Bound the end of an attached connection: ``transport.close()`` alone waits forever for a peer to read."""
         if self._listener is not None and self._deadline is None:
             self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+
+class Arrivals:
+    """A queue of events for one reader that holds nothing while it is empty; asyncio's has four deques of 760 bytes."""
+
+    __slots__ = ("_events", "_loop", "_reader")
+
+    def __init__(self, loop: AbstractEventLoop, before: Queue[Any]) -> None:
+        self._loop = loop
+        self._events: deque[Any] | None = None
+        self._reader: Future[None] | None = None
+        while not before.empty():
+            self.put_nowait(before.get_nowait())
+
+    def empty(self) -> bool:
+        return self._events is None
+
+    def put_nowait(self, event: Any) -> None:
+        if self._events is None:
+            self._events = deque()
+        self._events.append(event)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Any:
+        """Return the next event, when there is one. Raises `RuntimeError` if somebody waits for it already."""
+        while self._events is None:
+            if self._reader is not None:
+                raise RuntimeError("this connection is read by another task")
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        event = self._events.popleft()
+        if not self._events:
+            self._events = None
+        return event
+
+
+class Writable:
+    """An event that is set, and holds nothing while nobody waits for it."""
+
+    __slots__ = ("_cleared", "_loop")
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self._loop = loop
+        self._cleared: Future[None] | None = None
+
+    def clear(self) -> None:
+        if self._cleared is None:
+            self._cleared = self._loop.create_future()
+
+    def set(self) -> None:
+        if self._cleared is not None:
+            self._cleared.set_result(None)
+            self._cleared = None
+
+    async def wait(self) -> None:
+        if self._cleared is not None:
+            await shield(self._cleared)
 
 
 def carrier_for(extensions: Sequence[object]) -> Carrier:

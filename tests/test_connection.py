@@ -7,6 +7,8 @@ needs its look calls it.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
@@ -1267,6 +1269,23 @@ async def test_what_the_host_spelled_itself_is_an_event_to_who_speaks_the_protoc
     raw = "cmF3" if protocol == "rt.v1.json" else b"raw"
     assert [frame.get("data") for frame in frames] == [None, {"a": 1}, "no json", raw]
     assert {frame["event"] for frame in frames[1:]} == {"message"}
+
+
+async def test_an_ended_connection_lets_its_endpoint_go_without_the_collector() -> None:
+    seen: list[Any] = []
+
+    async def remembered(endpoint: Any, websocket: WebSocket) -> None:
+        await websocket.accept()
+        seen.append(weakref.ref(endpoint))
+
+    stage = Stage(connected=remembered)
+    gc.disable()
+    try:
+        async with stage.open():
+            assert seen[0]() is not None
+        await until(lambda: seen[0]() is None)
+    finally:
+        gc.enable()
 
 
 # Where the server hands a message over itself

@@ -243,6 +243,28 @@ def test_a_full_log_is_flushed_before_its_turn_ends(world: World) -> None:
     assert len(peer.batches) == 2
 
 
+def test_a_log_for_many_small_groups_may_be_longer(world: World) -> None:
+    peer = world.peer("a", "b", "c")
+    for number in range(3 * (hub_module.MAX_ENTRIES - 1)):
+        world.broadcast("abc"[number % 3], str(number))
+    assert not peer.batches
+    world.broadcast("a", "last")
+    assert len(peer.batches) == 1
+
+
+def test_a_log_from_which_too_much_is_due_is_flushed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "MAX_ENTRIES", 4)
+    monkeypatch.setattr(hub_module, "MAX_DUE", 6)
+    peers = [world.peer("a", "b", "c", "d") for _ in range(2)]
+    for group in "abc":
+        world.broadcast(group, group)  # six are due, of three messages: as many as four in a turn may be said to one
+    assert not peers[0].batches
+    world.push(peers[0], "and")
+    assert peers[0].heard[-1] == "and"
+    world.turns.rest()
+    assert [len(peer.batches) for peer in peers] == [1, 1]
+
+
 def test_many_bytes_are_flushed_before_their_turn_ends(world: World) -> None:
     peer = world.peer("a")
     half = "x" * (hub_module.MAX_BYTES // 2)

@@ -195,6 +195,7 @@ def short(slice: int, entries: int, size: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hub_module, "SLICE", slice)
         patch.setattr(hub_module, "MAX_ENTRIES", entries)
+        patch.setattr(hub_module, "MAX_DUE", 2 * entries)
         patch.setattr(hub_module, "MAX_BYTES", size)
         yield
 

@@ -49,13 +49,23 @@ import starlette_rt
 import starlette_rt.uvicorn
 from starlette_rt.protocols.framing import DEFLATED, FRAMED, beyond, frame
 from starlette_rt.seams import SEAM_EXTENSION, Carrier, Seam
-from starlette_rt.uvicorn import RELIES_ON, RealtimeWebSocketProtocol, carrier_for, fitted, misfits
+from starlette_rt.uvicorn import (
+    RELIES_ON,
+    Arrivals,
+    RealtimeWebSocketProtocol,
+    Writable,
+    carrier_for,
+    fitted,
+    misfits,
+)
 
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds; a wait that takes so long has failed
 LOOPS = ["asyncio", "uvloop"] if importlib.util.find_spec("uvloop") else ["asyncio"]
 BLOCK = frame(b"x" * 60_000)
+
+on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
 class Ear:
@@ -925,6 +935,77 @@ def test_random_frames_leave_no_trace_and_disturb_no_neighbour(site: Site) -> No
             assert visit.done.wait(PATIENCE)
             assert visit.error is None or isinstance(visit.error, ClientDisconnected)
         site.until(lambda: len(site.server.server_state.connections) == 1)
+
+
+# What an attached connection holds instead of asyncio's queue and event.
+
+
+def waiting(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Start to wait in a task; it has begun when the loop has had a turn."""
+    return asyncio.get_running_loop().create_task(coroutine)
+
+
+@pytest.mark.unit
+@pytest.mark.anyio
+@on_asyncio
+async def test_events_are_read_in_order_also_those_from_before() -> None:
+    before: asyncio.Queue[int] = asyncio.Queue()
+    before.put_nowait(1)
+    arrivals = Arrivals(asyncio.get_running_loop(), before)
+    arrivals.put_nowait(2)
+    assert not arrivals.empty()
+    assert [await arrivals.get(), await arrivals.get()] == [1, 2]
+    assert arrivals.empty()
+
+
+@pytest.mark.unit
+@pytest.mark.anyio
+@on_asyncio
+async def test_a_reader_that_waits_gets_what_comes_and_only_one_may_wait() -> None:
+    arrivals = Arrivals(asyncio.get_running_loop(), asyncio.Queue())
+    reader = waiting(arrivals.get())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="read by another task"):
+        await arrivals.get()
+    arrivals.put_nowait(1)
+    arrivals.put_nowait(2)
+    assert await reader == 1
+    assert await arrivals.get() == 2
+
+
+@pytest.mark.unit
+@pytest.mark.anyio
+@on_asyncio
+async def test_a_reader_that_gives_up_takes_nothing_with_it() -> None:
+    arrivals = Arrivals(asyncio.get_running_loop(), asyncio.Queue())
+    reader = waiting(arrivals.get())
+    await asyncio.sleep(0)
+    arrivals.put_nowait(1)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert await arrivals.get() == 1
+
+
+@pytest.mark.unit
+@pytest.mark.anyio
+@on_asyncio
+async def test_all_who_wait_until_writing_is_possible_go_on_and_one_may_give_up() -> None:
+    writable = Writable(asyncio.get_running_loop())
+    await writable.wait()
+    writable.clear()
+    writable.clear()
+    writers = [waiting(writable.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    writers[0].cancel()
+    await asyncio.sleep(0)
+    assert [writer.done() for writer in writers] == [True, False, False]
+    writable.set()
+    writable.clear()
+    await asyncio.gather(*writers[1:])
+    writable.set()
+    writable.set()
+    await writable.wait()
 
 
 # Short messages, read without a parser. The transport is paper, so that every cut of the bytes can be tried.

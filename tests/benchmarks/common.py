@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import resource
 import select
 import shutil
 import socket
@@ -45,7 +46,10 @@ R = TypeVar("R")  # what one round found
 
 @dataclass(frozen=True)
 class Contender:
-    """One server under test: its short name, its title in the table, its command with the `{fd}` it listens on."""
+    """One server under test: its short name, its title in the table, its command with the `{fd}` it listens on.
+
+    `share` is the part of the messages that a slow one is asked for; `prepare` names what must be installed for it.
+    """
 
     name: str
     title: str
@@ -54,6 +58,8 @@ class Contender:
     load: Sequence[str] = ()
     cwd: Path = ROOT
     environment: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    prepare: str | None = None
 
 
 def uvicorn(name: str, title: str, app: str, ws: str = "websockets-sansio") -> Contender:
@@ -97,7 +103,7 @@ def cache(name: str) -> Path:
 def install(what: str, command: Sequence[str], target: Path) -> None:
     """Run an installer; raises `SystemExit` with the reason."""
     try:
-        subprocess.run(command, cwd=target, check=True, timeout=300)
+        subprocess.run(command, cwd=target, check=True, timeout=300, stdout=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError) as error:
         raise SystemExit(f"{what} could not be installed ({error}); leave it out of --contenders") from error
 
@@ -138,6 +144,12 @@ def python_facts(name: str, *packages: str) -> str:
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
+
+
+def open_files() -> None:
+    """Raise the soft limit of open files to the hard one, here and in every child that is started afterwards."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def cores() -> tuple[int, int] | None:

@@ -1,12 +1,18 @@
-"""The load generator of the benchmarks across nodes: clients that tell how long each message was on its way.
+"""The load generator for what `load.py` does not ask: how long a message was on its way, and who comes with a line.
 
-A program, not a module to import: `python -m tests.benchmarks.hear URL [--socketio] [--offer PROTOCOL …]`. It takes
-the orders of `load.py`, and
+A program, not a module to import: `python -m tests.benchmarks.hear URL [--socketio] [--offer PROTOCOL …] [--deflate]`.
+It takes the orders of `load.py`, and
 
     {"do": "expect", "count": 10}   -> as `load.py`, with the microseconds that each message took from its publisher
                                        (see `apps/stamp.py`) to a client, too: {…, "delays": [412, …]}
+    {"do": "expect", "count": 10, "percentiles": [50, 99.9]}
+                                    -> the same for many messages, with these percentiles of the delays alone, and how
+                                       many they are: {…, "percentiles": [412, 973], "delays": 5000}
     {"do": "come", "count": 500, "first": 0, "lines": ["…"]}
                                     -> {"connected": 500, "recovered": 500}
+
+A delay holds the way into this process and its own queue: who hears last has waited for all before. `--deflate` offers
+permessage-deflate as browsers do; it is for clients that are told nothing, because none inflates.
 
 Who comes dials `URL` with its number, counted from `first`, in the place of `{n}`, and in the place of `{g}` its
 number modulo the number of `lines`; it says its line and is there when the `ref` 1 is answered. Without a line it is
@@ -19,24 +25,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
+from array import array
+from collections.abc import MutableSequence, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import picows
 import uvloop
 
+from tests.benchmarks import common
 from tests.benchmarks.apps.stamp import now
-from tests.benchmarks.load import DIALS, Client, Load, Tally, answer
+from tests.benchmarks.load import DIALS, ORDER_DEADLINE, Client, Load, Tally, answer
 
 MARK = b'"at":'
 DIGITS = 16
+DEFLATE = "permessage-deflate; client_max_window_bits"
 
 
 class Delayed(Client):
     """One member that looks at the clock."""
 
-    def __init__(self, tally: Tally, socketio: bool, delays: list[int]) -> None:
+    def __init__(self, tally: Tally, socketio: bool, delays: MutableSequence[int]) -> None:
         super().__init__(tally, socketio)
         self.delays = delays
 
@@ -80,10 +91,12 @@ class Comer(Client):
 class Hearing(Load):
     """The clients of this process."""
 
-    def __init__(self, url: str, socketio: bool, offer: list[str], channel: str | None) -> None:
+    def __init__(self, url: str, socketio: bool, offer: list[str], channel: str | None, deflate: bool = False) -> None:
         super().__init__(url, socketio, offer)
+        if deflate:
+            self.headers = {**(self.headers or {}), "Sec-WebSocket-Extensions": DEFLATE}
         self.channel = channel
-        self.delays: list[int] = []
+        self.delays: MutableSequence[int] = array("q")  # microseconds
         self.listening: list[asyncio.Task[None]] = []
 
     async def dial(self, turnstile: asyncio.Semaphore) -> None:
@@ -136,20 +149,35 @@ class Hearing(Load):
 
     async def expect(self, count: int) -> dict[str, Any]:
         """As `load.py` does it, with the delays."""
-        self.delays.clear()
-        return {**await super().expect(count), "delays": self.delays}
+        del self.delays[:]
+        return {**await super().expect(count), "delays": list(self.delays)}
+
+    async def expect_percentiles(self, count: int, wanted: Sequence[float]) -> dict[str, Any]:
+        """As `load.py` does it, with percentiles of the delays."""
+        del self.delays[:]
+        heard = await super().expect(count)
+        return {**heard, "percentiles": percentiles(self.delays, wanted), "delays": len(self.delays)}
 
     async def obey(self, order: dict[str, Any]) -> dict[str, Any]:
         """Carry out one order within its deadline."""
-        if order["do"] != "come":
-            return await super().obey(order)
-        async with asyncio.timeout(120):
-            return await self.come(order["count"], order["first"], order["lines"])
+        async with asyncio.timeout(ORDER_DEADLINE):
+            match order:
+                case {"do": "come", "count": count, "first": first, "lines": lines}:
+                    return await self.come(count, first, lines)
+                case {"do": "expect", "count": count, "percentiles": wanted}:
+                    return await self.expect_percentiles(count, wanted)
+        return await super().obey(order)
+
+
+def percentiles(delays: Sequence[int], wanted: Sequence[float]) -> list[int]:
+    """The smallest delays that so many per cent do not exceed; none of nothing."""
+    ordered = sorted(delays)
+    return [ordered[max(0, math.ceil(len(ordered) * each / 100) - 1)] for each in wanted] if ordered else []
 
 
 async def main(arguments: argparse.Namespace) -> None:
     """Take orders until stdin ends."""
-    load = Hearing(arguments.url, arguments.socketio, arguments.offer, arguments.channel)
+    load = Hearing(arguments.url, arguments.socketio, arguments.offer, arguments.channel, arguments.deflate)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         answer(await load.obey(json.loads(line)))
@@ -162,5 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("url")
     parser.add_argument("--socketio", action="store_true", help="shake hands as Engine.IO and Socket.IO do")
     parser.add_argument("--offer", nargs="*", default=[], metavar="PROTOCOL", help="subprotocols to offer")
+    parser.add_argument("--deflate", action="store_true", help="offer permessage-deflate")
     parser.add_argument("--channel", help="subscribe to this channel of the Redis at URL")
+    common.open_files()
     uvloop.run(main(parser.parse_args()))

@@ -7,6 +7,7 @@ nobody else's socket is touched. What must not live here: a cleverness that thos
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,17 +40,25 @@ class ConnectionManager:
             await websocket.send_text(text)
 
 
-manager = ConnectionManager()
+GROUP = "lobby"
+managers: defaultdict[str, ConnectionManager] = defaultdict(ConnectionManager)  # one for each group
 
 
 async def chat(websocket: WebSocket) -> None:
-    """One member: reads until the peer has left."""
+    """One member of the group that it asks for: reads until the peer has left."""
+    number = websocket.query_params.get("g")
+    manager = managers[f"g{number}" if number else GROUP]
     await manager.connect(websocket)
     try:
         while True:
             await websocket.receive_text()
     except WebSocketDisconnect:
         manager.disconnect(websocket)
+
+
+async def say(data: dict[str, Any], group: str = GROUP) -> None:
+    """One message to one group."""
+    await managers[group].broadcast(data)
 
 
 class Bare(WebSocketEndpoint):
@@ -68,8 +77,8 @@ class Bare(WebSocketEndpoint):
         Bare.opened -= 1
 
 
-loop_control = Control(manager.broadcast, lambda: len(manager.active))
-idle_control = Control(manager.broadcast, lambda: Bare.opened)
+loop_control = Control(say, lambda: sum(len(manager.active) for manager in managers.values()))
+idle_control = Control(say, lambda: Bare.opened)
 
 loop = Starlette(routes=[WebSocketRoute("/ws", chat), *loop_control.routes()])
 idle = Starlette(routes=[WebSocketRoute("/ws", Bare), *idle_control.routes()])

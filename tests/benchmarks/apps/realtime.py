@@ -27,9 +27,10 @@ class Listener(RealtimeEndpoint):
     opened = 0
 
     async def on_connect(self, websocket: WebSocket) -> None:
-        """Accept and join."""
+        """Accept and join the group that is asked for."""
         await websocket.accept()
-        await self.join(GROUP)
+        number = websocket.query_params.get("g")
+        await self.join(f"g{number}" if number else GROUP)
         Listener.opened += 1
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
@@ -46,9 +47,9 @@ class Present(Listener):
         await self.track(GROUP, {"name": "somebody"})
 
 
-async def say(data: dict[str, Any]) -> None:
-    """One message to the group."""
-    await rt.broadcast(GROUP, data)
+async def say(data: dict[str, Any], group: str = GROUP) -> None:
+    """One message to one group."""
+    await rt.broadcast(group, data)
 
 
 def app(endpoint: type[Listener]) -> Starlette:
