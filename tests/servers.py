@@ -26,7 +26,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 READY, STOP = 15.0, 5.0  # seconds a server gets to come up, and to go after a signal
-PORTS = range(20000, 32000)  # below the ports of outgoing connections: nobody takes one between our look and its use
+# Each of pytest's workers has ports of its own: what a test has killed, it starts again on the same one. All are below
+# the ports of outgoing connections, so that nobody takes one between our look and its use.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+PORTS = range(22000 + 1000 * WORKER, 23000 + 1000 * WORKER)
 ATTEMPTS = 3
 
 

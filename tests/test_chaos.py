@@ -12,7 +12,9 @@ STEPS = 2_500
 SEEDS = (1, 2, 3, 4)
 SOAK = 100_000
 TWIN_STEPS = 2_400
-TWIN_SEEDS = range(1, 31)  # a twin must have been found by then
+TWIN_SEEDS = (7, 9, *range(1, 31))  # a twin must have been found by then; today the first two find all
+
+pytestmark = pytest.mark.no_cover  # chance proves no branch, and to trace it takes longer than to run it
 
 
 @pytest.mark.unit

@@ -17,6 +17,8 @@ SEED = os.environ.get("FUZZ_SEED", str(fuzz_v1.SEED))
 QUICK, LONG = 20_000, 500_000
 both = pytest.mark.parametrize("protocol", V1S.values(), ids=V1S)
 
+pytestmark = pytest.mark.no_cover  # chance proves no branch, and to trace it takes longer than to run it
+
 
 @pytest.mark.unit
 @both

@@ -8,7 +8,6 @@ been done when they return. tests/line.py is the plain one, cut or whole.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import socket
 import struct
@@ -22,15 +21,13 @@ from typing import Any, Literal, NamedTuple, Self
 
 import pytest
 
-from tests.servers import HOST
+from tests.servers import HOST, WORKER
 
 Way = Literal["up", "down"]  # to the server, to the client
 WAYS: tuple[Way, Way] = ("up", "down")
 CHUNK, CHUNKS = 65536, 64  # bytes read at once, and how many such pieces wait in one direction of a connection
 PROMPT = 5.0  # seconds for the line's own thread to do what it is told
-# Below the ports of outgoing connections, as is a cluster's second port: 10,000 above. Each of pytest's workers has
-# ports of its own: what a test has killed, it starts again on the same one.
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+# Below the ports of tests/servers.py, with a cluster's second port, 10,000 above, over them; each worker has its own.
 PORTS = range(20000 + 250 * WORKER, 20250 + 250 * WORKER)
 
 
