@@ -118,7 +118,7 @@ class Group:
 
     def __init__(self, name: str) -> None:
         self.name: str = name
-        self.members: dict[Peer, None] = {}
+        self.members: dict[Peer, Wire] = {}  # the wire of each, so that a flush need not touch the peer for it
 
 
 class Only(NamedTuple):
@@ -169,7 +169,7 @@ class Hub:
         elif peer in group.members:
             return False
         self.settle(group)
-        group.members[peer] = None
+        group.members[peer] = peer.wire
         peer.memberships = (*peer.memberships, group)
         return True
 
@@ -310,14 +310,15 @@ def personal(log: list[LogEntry]) -> Iterator[tuple[Peer, Batch]]:
 
 def spread(target: Target, messages: list[Message], exclude: Except) -> Iterator[tuple[Peer, Batch]]:
     """Everything in the log has one target: the same bytes for all receivers of one wire."""
-    peers = receivers(target, exclude)
-    return _spread(peers, messages)
+    if isinstance(target, Group) and exclude is None:
+        return _spread(list(target.members), list(target.members.values()), messages)
+    peers = list(receivers(target, exclude))
+    return _spread(peers, [peer.wire for peer in peers], messages)
 
 
-def _spread(peers: Iterable[Peer], messages: list[Message]) -> Iterator[tuple[Peer, Batch]]:
+def _spread(peers: list[Peer], wires: list[Wire], messages: list[Message]) -> Iterator[tuple[Peer, Batch]]:
     batches: dict[Wire, Batch | None] = {}
-    for peer in peers:
-        wire = peer.wire
+    for peer, wire in zip(peers, wires, strict=True):
         if wire in batches:
             batch = batches[wire]
         else:

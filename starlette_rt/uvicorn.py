@@ -9,7 +9,7 @@ something is missing the class steps aside. Its timers are those of the server's
 from __future__ import annotations
 
 import logging
-from asyncio import AbstractEventLoop, Future, Queue, Task, TimerHandle, shield
+from asyncio import AbstractEventLoop, Future, Queue, Task, TimerHandle, Transport, shield
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import CoroutineType
@@ -107,8 +107,19 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     it after a Close frame or an end of stream; then the transport is aborted, whatever is still buffered.
     """
 
-    __slots__ = ("_deadline", "_fragmented", "_listener", "_shutting_down", "_to_come", "_unpaused", "carrier")
+    __slots__ = (
+        "_deadline",
+        "_fragmented",
+        "_listener",
+        "_open",
+        "_pipe",
+        "_shutting_down",
+        "_to_come",
+        "_unpaused",
+        "carrier",
+    )
 
+    _pipe: Transport  # the transport, once more
     shutdown_timeout: ClassVar[float] = 5.0  # seconds from the server's shutdown to the abort
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -119,6 +130,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self.carrier: Carrier = FRAMED
         self._listener: Listener | None = None
         self._unpaused = True
+        self._open = False  # data may be written: from the accept to whatever closes
         self._shutting_down = False
         self._deadline: TimerHandle | None = None
         self._to_come = LOST  # bytes of a frame whose beginning has arrived
@@ -141,15 +153,19 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     def ready(self) -> bool:
         """Whether `write` would take something: not while paused, not unless open, not while closing.
 
-        The state and the transport are asked each time: an ASGI close, the peer's Close, a failed ping and a
-        failed write each change one of them without a call that could be overridden.
+        The transport is asked each time, because a failed write changes it without a call. What closes the
+        WebSocket passes through a method of ours, so that it need not be asked.
         """
-        return self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing()
+        return self._unpaused and self._open and not self._pipe.is_closing()
 
     def write(self, payload: bytes) -> bool:
-        """Hand framed bytes to the transport; false, and nothing is taken, where it is not `ready`."""
-        if self._unpaused and self.conn.state is State.OPEN and not self.transport.is_closing():  # ready(), inlined
-            self.transport.write(payload)
+        """Hand framed bytes to the transport; false, and nothing is taken, where it is not `ready`.
+
+        It is called for every receiver of every broadcast, with all that it reads gone from the processor's caches:
+        what it needs stands in slots, side by side.
+        """
+        if self._unpaused and self._open and not (pipe := self._pipe).is_closing():
+            pipe.write(payload)
             return True
         return False
 
@@ -163,6 +179,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.conn.state is not State.OPEN or self.transport.is_closing():
             return
         self.conn.send_close(code, reason)
+        self._open = False
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = self.disconnected = True
@@ -201,7 +218,9 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         if self._listener is not None and state is State.OPEN and not self._shutting_down:
             self._shutting_down = True
             self._listener.on_closing(1012)
-        elif state is State.OPEN or (state is State.CONNECTING and self.handshake_initiated) or self.close_sent:
+            return self._end_within(self.shutdown_timeout)
+        self._open = False
+        if state is State.OPEN or (state is State.CONNECTING and self.handshake_initiated) or self.close_sent:
             super().shutdown()
         else:
             # The peer's Close was answered, or its handshake never came to an end: uvicorn would speak, and raise.
@@ -221,10 +240,17 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
     # What uvicorn does, and what is to be added to it.
 
     def start_keepalive(self) -> None:
-        """The handshake is accepted: nobody asks for its headers any more, but in the scope."""
+        """The handshake is accepted: data may follow, and nobody asks for its headers any more, but in the scope."""
+        self._open, self._pipe = True, self.transport
         self.request: Any = None
         self.response: Any = None
         super().start_keepalive()
+
+    def send(self, message: Any) -> CoroutineType[Any, Any, None]:
+        """Take an ASGI close for the end, as soon as it is said; the rest is uvicorn's."""
+        if message["type"] == "websocket.close":
+            self._open = False
+        return cast("CoroutineType[Any, Any, None]", super().send(message))
 
     def run_asgi(self) -> CoroutineType[Any, Any, None]:
         """Enter the scope here and not after ``handle_connect``: an eager task would already have read it."""
@@ -293,6 +319,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
             self.handle_parser_exception()
 
     def handle_parser_exception(self) -> None:
+        self._open = False
         if self.conn.state is State.CONNECTING:
             self._drop_handshake()  # uvicorn asserts that there is a Close frame to send
         else:
@@ -300,6 +327,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._end_within(self.close_timeout)
 
     def handle_close(self, event: Frame) -> None:
+        self._open = False
         if self.conn.state is State.CONNECTING:
             self._drop_handshake()
         else:
@@ -311,6 +339,7 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._end_within(self.close_timeout)
 
     def keepalive_timeout(self) -> None:
+        self._open = False
         super().keepalive_timeout()
         self._end_within(self.close_timeout)
 
