@@ -6,7 +6,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-BENCH ?= limits http idle inbound fanout mixed groups deflate storm latency redis presence
+BENCH ?= limits http idle inbound fanout mixed groups deflate storm wait latency redis presence
 PAGE ?= docs/benchmarks.md
 
 .PHONY: help demo test soak lint docs bench

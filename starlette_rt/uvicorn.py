@@ -1,9 +1,10 @@
 """The shared-frame path on uvicorn: ``uvicorn app:app --ws starlette_rt.uvicorn:RealtimeWebSocketProtocol``.
 
 The law of this file: it is uvicorn's own WebSocket protocol plus the write seam, and knows nothing of what is
-above it. A socket that nobody attaches to behaves as on plain uvicorn, but for the tracebacks that a peer's
-garbage leaves there. Whatever it uses of uvicorn stands in `RELIES_ON` and is checked at import; where
-something is missing the class steps aside. Its timers are those of the server's loop, as uvicorn's are.
+above it. A socket that nobody attaches to behaves as on plain uvicorn, but that each message is compressed
+alone, and for the tracebacks that a peer's garbage leaves there. Whatever it uses of uvicorn stands in
+`RELIES_ON` and is checked at import; where something is missing the class steps aside. Its timers are those of
+the server's loop, as uvicorn's are.
 """
 
 from __future__ import annotations
@@ -244,6 +245,9 @@ class RealtimeWebSocketProtocol(WebSocketsSansIOProtocol):
         self._open, self._pipe = True, self.transport
         self.request: Any = None
         self.response: Any = None
+        if self._to_come == 0:  # so the parser has nothing in hand, but holds the request as long as it lives
+            self.conn.parser = self.conn.parse()
+            next(self.conn.parser)
         super().start_keepalive()
 
     def send(self, message: Any) -> CoroutineType[Any, Any, None]:

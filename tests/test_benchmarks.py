@@ -611,3 +611,11 @@ def test_what_is_said_late_carries_the_time_at_which_it_was_due() -> None:
     late, early = now() - 5_000, now() + 5_000_000
     assert stamped(plain, late)["at"] == late
     assert late < stamped(plain, early)["at"] <= now() < early
+
+
+def test_wait_asks_beside_a_broadcast_and_without_one() -> None:
+    few = ["--members", "8", "--rounds", "1", "--contenders", "fast"]
+    ((title, *waits),) = rows(bench("wait", *few))
+    assert title == "starlette_rt, its uvicorn class"
+    assert len(waits) == 4
+    assert all(float(longest) >= float(median) > 0 for median, longest in (waits[:2], waits[2:]))
