@@ -337,8 +337,8 @@ class Combination:
     __slots__ = ("batches", "before", "places")
 
     def __init__(self, before: Combination | None, places: list[int]) -> None:
-        self.before = before
-        self.places = places  # in the log, of what was said to the last target
+        self.before: Combination | None = before
+        self.places: list[int] = places  # in the log, of what was said to the last target
         self.batches: dict[Wire, Batch | None] | None = None
 
     def batch(self, log: list[LogEntry], wire: Wire) -> Batch | None:
