@@ -186,7 +186,6 @@ class Dialogue:
         "_murmurs",
         "_node",
         "_numbers",
-        "_over",
         "_overrun",
         "_protocol",
         "_refreshing",
@@ -205,7 +204,7 @@ class Dialogue:
         self._node: Node = node
         self.asked: tuple[str, ...] = ()  # the groups that the client joined itself: these are authorised again
         self._numbers = self._overrun = self._renewals = self._unpaid = 0
-        self._refreshing = self._serving = self._over = False
+        self._refreshing = self._serving = False
         self._calls: dict[int, Call] | None = None
         self._slots: dict[str, anyio.Semaphore] | None = None
         self._murmurs: dict[tuple[str, str], DeclaredWhisper] | None = None
@@ -570,8 +569,6 @@ class Dialogue:
     async def call(self, event: str, data: Any, timeout: float) -> Any:
         """Say an event that the client is to answer; see `Connection.call`."""
         frame = event_frame(event, data)
-        if self._over:
-            return self._outcome(None)
         self._numbers += 1
         number, call = self._numbers, Call()
         if self._calls is None:
@@ -606,7 +603,6 @@ class Dialogue:
 
     def ended(self) -> None:
         """The connection is over: nobody answers any more."""
-        self._over = True
         for call in tuple((self._calls or {}).values()):
             call.arrived.set()
 
