@@ -559,7 +559,7 @@ def test_any_text_is_refused_as_a_jwt(text: str) -> None:
 @given(place=st.integers(0), other=st.sampled_from(sorted(LEGAL)))
 def test_a_jwt_changed_in_one_character_proves_nothing(place: int, other: str) -> None:
     token = issue({"exp": 9_000_000_000})
-    place %= len(token)
+    place %= len(token) - 1  # the last one holds two bits that belong to no byte: to change them changes nothing
     if token[place] != other:
         refusal(JWTVerifier(SECRET, algorithms=["HS256"]), token[:place] + other + token[place + 1 :])
 
