@@ -564,7 +564,7 @@ def test_a_storm_of_more_than_can_be_open_is_refused() -> None:
 
 
 def test_a_storm_and_delays_are_measured_without_pings() -> None:
-    from tests.benchmarks.storm import silent
+    from tests.benchmarks.rivals import silent
 
     assert silent(CONTENDERS["fast"]).command[-2:] == ["--ws-ping-interval", "3600"]
     assert silent(CONTENDERS["floor"]) is CONTENDERS["floor"]

@@ -25,7 +25,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from tests.benchmarks import common, rivals
-from tests.benchmarks.storm import silent
 
 NAMES = ["loop", "python-socketio", "litestar", "broadcaster", "socketio", "ws", "generic", "fast"]
 CONTENDERS = [contender for name, contender in rivals.CONTENDERS.items() if name in NAMES]
@@ -56,7 +55,7 @@ class Lane(common.Lane[str, Round]):
 
 def enter(stack: ExitStack, contender: common.Contender, members: int) -> Lane:
     """Start a contender and its load generator, and connect every client."""
-    made = common.enter(stack, silent(contender), members, "hear")
+    made = common.enter(stack, rivals.silent(contender), members, "hear")
     return Lane(made.server, made.load)
 
 

@@ -64,6 +64,13 @@ CONTENDERS = named(
 )
 
 
+def silent(contender: common.Contender) -> common.Contender:
+    """The same without uvicorn's pings."""
+    if "uvicorn" not in contender.command:
+        return contender
+    return replace(contender, command=[*contender.command, "--ws-ping-interval", "3600"])
+
+
 def prepare(contenders: Iterable[common.Contender]) -> None:
     """Install what these need into `.bench/`, unless it is there; raises `SystemExit` with the reason."""
     needs = {contender.prepare for contender in contenders} - {None}

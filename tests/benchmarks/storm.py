@@ -19,7 +19,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tests.benchmarks import common, rivals
 
@@ -109,13 +109,6 @@ def storm(contender: common.Contender, members: int, deliveries: int) -> tuple[S
     return Storm(come[0] / members, hear[0] / heard, go[0] / members), crowd.busy
 
 
-def silent(contender: common.Contender) -> common.Contender:
-    """The same without uvicorn's pings."""
-    if "uvicorn" not in contender.command:
-        return contender
-    return replace(contender, command=[*contender.command, "--ws-ping-interval", "3600"])
-
-
 def check_files(members: int) -> None:
     """Raise `SystemExit` if so many clients cannot be open in one process."""
     common.open_files()
@@ -134,7 +127,7 @@ def run(arguments: argparse.Namespace) -> str:
     found: dict[tuple[str, int], list[Storm]] = {(contender.name, size): [] for contender, size in lanes}
     busiest = 0.0
     for contender, size in common.interleaved(lanes, arguments.rounds):
-        measured, busy = storm(silent(contender), size, arguments.deliveries)
+        measured, busy = storm(rivals.silent(contender), size, arguments.deliveries)
         found[contender.name, size].append(measured)
         busiest = max(busiest, busy)
     versions = rivals.facts(contenders)

@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tests.benchmarks import common, rivals
-from tests.benchmarks.storm import silent
 
 NAMES = ["loop", "socketio", "ws", "generic", "fast"]
 CONTENDERS = [contender for name, contender in rivals.CONTENDERS.items() if name in NAMES]
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> str:
     contenders = common.chosen(CONTENDERS, arguments.contenders)
     rivals.prepare(contenders)
     with ExitStack() as stack:
-        lanes: list[Lane] = [common.enter(stack, silent(each), arguments.members) for each in contenders]
+        lanes: list[Lane] = [common.enter(stack, rivals.silent(each), arguments.members) for each in contenders]
         for scenario in (QUIET, TOLD):
             common.measure(lanes, scenario, arguments.rounds, sample)
         return f"{report(lanes)}\n\n{common.busy(lanes)}"
