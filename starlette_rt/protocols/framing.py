@@ -115,22 +115,17 @@ def beyond(data: bytes, at: int, fragmented: bool) -> tuple[int, bool]:
 class FramedCarrier:
     """Payloads as framed bytes; the transport only reads them, so one object serves every peer."""
 
+    __slots__ = ("_frame",)
+
+    def __init__(self, frame: Callable[[str | bytes], bytes]) -> None:
+        self._frame = frame
+
     def frame(self, data: str | bytes, /) -> bytes:
-        return frame(data)
+        return self._frame(data)
 
     def join(self, frames: Sequence[bytes], /) -> bytes:
         return b"".join(frames)
 
 
-class DeflatedCarrier:
-    """The same, compressed where it is worth it."""
-
-    def frame(self, data: str | bytes, /) -> bytes:
-        return deflated(data)
-
-    def join(self, frames: Sequence[bytes], /) -> bytes:
-        return b"".join(frames)
-
-
-FRAMED = FramedCarrier()
-DEFLATED = DeflatedCarrier()
+FRAMED = FramedCarrier(frame)
+DEFLATED = FramedCarrier(deflated)
